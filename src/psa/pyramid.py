@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backends.base import Selection
 from .config import MAX_LEVEL
 
 
@@ -72,7 +73,7 @@ def group_variances(k: Tensor, level: int, key_mask: Tensor | None = None) -> Te
     return group_means(spread.square(), level, key_mask)
 
 
-def row_bias(k: Tensor, level: int, selection) -> Tensor:  # noqa: ANN001 - a backends.base.Selection
+def row_bias(k: Tensor, level: int, selection: Selection) -> Tensor:
     """The bias of each row of one level, float [1|B, 1|H, ceil(L/level)].
 
     ``ln(n_g)``, and where the selection asks for it ``min(½ · scale² · Σ_d w_d σ²_{g,d}, cap)``: the second-order
