@@ -96,7 +96,8 @@ def allocate_levels(
 
     Args:
         importance: [B, H, M, N], non-negative.
-        mask_mode: ``"topk"`` or ``"thresholdbound"`` (with ``mask_ratios``) or ``"proportional"`` (``density`` or ``tau``).
+        mask_mode: ``"topk"`` or ``"thresholdbound"`` (with ``mask_ratios``), or ``"proportional"`` (with ``density`` or
+            ``tau``).
         block_n: KV block size, the bound of every level.
         exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`.
         cap: [B, H|Hkv, N] coarsest level of each KV block, from :func:`similarity_cap`.

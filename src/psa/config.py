@@ -167,9 +167,8 @@ class PSAConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is unknown{nearest(getattr(self, name), valid)}")
         method = {m.lower(): m for m in REARRANGE_METHODS}.get(str(self.rearrange_method).lower())
         if method is None:
-            raise ConfigError(
-                f"rearrange_method: {self.rearrange_method!r} is unknown{nearest(self.rearrange_method, REARRANGE_METHODS)}"
-            )
+            hint = nearest(self.rearrange_method, REARRANGE_METHODS)
+            raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
         object.__setattr__(self, "rearrange_method", method)
         for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange"):
             if not isinstance(getattr(self, name), bool):
@@ -270,7 +269,8 @@ def check_density(density: float, max_level: int, keep_all: bool) -> None:
         raise ConfigError(f"density: {density!r} is not in (0, 1]")
     if keep_all and density < 1.0 / max_level:
         raise ConfigError(
-            f"density: {density!r} is below 1/{max_level}, the least without dropping; use keep_all=False or larger blocks"
+            f"density: {density!r} is below 1/{max_level}, the least without dropping; "
+            "use keep_all=False or larger blocks"
         )
 
 

@@ -105,7 +105,9 @@ def make_plan(
     importance: Tensor | None = None,
     state: SemanticState | None = None,
 ) -> Plan:
-    """Stages 2 to 4, exported as ``psa.plan``: token order, importance and levels. Arguments as in :func:`psa_attention`.
+    """Stages 2 to 4, exported as ``psa.plan``: token order, importance and levels.
+
+    Arguments as in :func:`psa_attention`, and:
 
     Args:
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
@@ -273,9 +275,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_text(
-    q: Tensor, k: Tensor, grid: Grid | None, text_length: int, text_position: str, is_causal: bool
-) -> None:
+def check_text(q: Tensor, k: Tensor, grid: Grid | None, text_length: int, text_position: str, is_causal: bool) -> None:
     """Raises unless grid and text fit the sequence."""
     if text_position not in ("first", "last"):
         raise ConfigError(f"text_position: {text_position!r} is neither 'first' nor 'last'")

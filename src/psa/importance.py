@@ -23,7 +23,7 @@ class ScoreRows:
     Attributes:
         queries: [B, H, Rq, d], scaled. keys: [B, Hkv, Rk, d].
         bias: [1|B, Rk] added to the logits; -inf hides a row.
-        query_position, key_position: a key row is visible when its position is not after the query row's. None: all are.
+        query_position, key_position: a key row is visible unless its position is after the query row's. None: all are.
         per_block_q, per_block_k: rows that make up one block.
     """
 
@@ -40,7 +40,7 @@ class ScoreRows:
 def importance(
     q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
 ) -> Tensor:
-    """Importance by ``config.importance``: float32 [B, H, M, N], rows that sum to one (or to zero where nothing is seen).
+    """Importance by ``config.importance``: float32 [B, H, M, N], rows that sum to one, or to zero where nothing is seen.
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
     """
@@ -69,13 +69,14 @@ def antidiagonal_rows(
     """The mean logit of the antidiagonal of each stride × stride tile, as one product of long rows (METHOD §3).
 
     A tile's queries in reverse order, laid end to end, times its keys laid end to end is the sum over the antidiagonal.
-    Tiles cut by the end of the sequence average what is real, which a last column of counts sees to.
+    Tiles cut by the end of the sequence average over what is real; the corner tile, cut both ways, scales by both cuts.
     """
     stride = config.importance_stride
     keys = k.float()
     if key_mask is not None:
         keys = keys.masked_fill(~key_mask[:, None, :, None], 0.0)
-    queries = _tiles(q.float(), stride).flip(-2).flatten(-2) * (scale / stride)
+    queries = _tiles(q.float(), stride).flip(-2).flatten(-2)
+    queries = queries * (scale / group_counts(q.shape[2], stride, None, like=queries))[:, None, :, None]
     real = torch.ones(1, k.shape[2], device=k.device) if key_mask is None else key_mask.float()
     count = group_sums(real[..., None], stride)[..., 0]
     keys = _tiles(keys, stride).flatten(-2) * (stride / count.clamp(min=1))[:, None, :, None]
@@ -128,7 +129,7 @@ def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool
 def measured_mass(
     q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Block importance and what pooling would lose of it, from pooled queries against full-resolution keys (METHOD §4b).
+    """Block importance, and what pooling would lose of it, from pooled queries against all keys (METHOD §4b).
 
     Costs 1/importance_rows of Q·Kᵀ. A mean of logits is the logit of a mean key, so one product serves all levels.
 

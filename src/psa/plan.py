@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import block_mask
+from .allocate import BlockMask, block_mask
 from .backends.base import Selection
 from .config import MAX_LEVEL, PSAConfig, is_power_of_two
 from .errors import ConfigError, PSAError, ShapeError
 from .reorder import Permutation
 from .schedule import build_schedule, level_index
 
+FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
 TENSORS = ("levels", "query_power", "bias_cap", "pair_bias", "key_mask", "error")
 
 
@@ -88,7 +89,7 @@ class Plan:
 
     @property
     def density(self) -> float:
-        """Share of dense attention's work that remains, after caps and pins; partial tail blocks count as whole ones."""
+        """Share of dense attention's work that remains, after caps and pins; a partial tail block counts as a whole."""
         return float(self.density_per_head.mean()) if self.levels.numel() else 0.0
 
     @property
@@ -120,7 +121,7 @@ class Plan:
         total = max(1, self.levels.numel())
         return {level: count / total for level, count in enumerate(counts) if count}
 
-    def _mask(self):  # noqa: ANN202 - allocate.BlockMask
+    def _mask(self) -> BlockMask:
         if self.length_q is None or self.length_k is None:
             raise PSAError("a plan from bare levels has no lengths; make one with psa.plan")
         text_length, text_position = self.text
@@ -174,7 +175,7 @@ class Plan:
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS if getattr(self, name) is not None}
         if self.permutation is not None:
             tensors |= {f"permutation.{name}": t.contiguous() for name, t in self.permutation.to_dict().items()}
-        facts = {name: getattr(self, name) for name in ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")}
+        facts = {name: getattr(self, name) for name in FACTS}
         facts["config"] = self.config.to_dict() if self.config else None
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
@@ -198,13 +199,12 @@ class Plan:
             raise PSAError(f"{path}: not a saved plan ({error})") from error
         order = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith("permutation.")}
         config = PSAConfig.from_dict(facts["config"]) if facts["config"] else None
-        rest = {name: facts[name] for name in ("block_m", "block_n", "length_q", "length_k", "is_causal")}
+        rest = {name: facts[name] for name in FACTS} | {"text": tuple(facts["text"])}
         return cls(
             **{name: tensors.get(name) for name in TENSORS},  # type: ignore[arg-type]
             **rest,
             permutation=Permutation.from_dict(order) if order else None,
             config=config,
-            text=tuple(facts["text"]),
         )
 
 
