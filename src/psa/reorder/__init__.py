@@ -41,8 +41,8 @@ def reorder(
 ) -> tuple[Permutation, SemanticState | None]:
     """The permutation that ``method`` gives for q [B, H, L, D] and k [B, Hkv, L, D], and the state for the next call.
 
-    Gilbert and tile look at ``grid`` (T, H, W) only (token t,h,w at (t*H + h)*W + w) and return no state; semantic looks
-    at q and k only and may go without a grid; hybrid does both. Text tokens, first or last, keep their places.
+    Gilbert and tile look at ``grid`` (T, H, W) only (token t,h,w at (t*H + h)*W + w) and return no state; semantic
+    looks at q and k only and may go without a grid; hybrid does both. Text tokens, first or last, keep their places.
     ``key_mask`` bool [B, L] (True = real token) matters to semantic and hybrid, see ``semantic_permutation``.
 
     Raises ConfigError for an unknown method, a missing grid or bad settings; ShapeError when T*H*W + text_length != L.
@@ -51,11 +51,14 @@ def reorder(
     check_text(text_length, text_position)
     if grid is not None:
         _check_grid(grid, q, k, text_length)
-    elif name != "semantic":
+    if name == "semantic":
+        base_order = None
+    elif grid is None:
         raise ConfigError(f"rearrange_method {method!r} needs the token grid: pass grid=(T, H, W), or use 'semantic'.")
-    if name in ("gilbert", "tile"):
+    elif name == "hybrid":
+        base_order = spatial_permutation("gilbert", grid, device=q.device).q_order
+    else:
         return spatial_permutation(name, grid, text_length, text_position, tile_size, q.device), None
-    base_order = spatial_permutation("gilbert", grid, device=q.device).q_order if name == "hybrid" else None
     return semantic_permutation(
         q,
         k,

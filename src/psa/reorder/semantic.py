@@ -11,9 +11,9 @@ mean over 3-4 seeds):
 
     raster .122/.182    tile 2,8,8 .102/.169    Gilbert .060/.089    semantic .056/.099    hybrid .046/.079
 
-Reordering only the queries or only the keys by content is worse than Gilbert (.088, .081). L2 and cosine distance differ
-by less than two seeds do. Clusters of 128, 64, 32, 16 tokens give hybrid .052, .052, .045, .044; sorting clusters along
-their principal direction instead of chaining them costs 10-30 %; 4 iterations do what 20 do within 3 %.
+Reordering only the queries or only the keys by content is worse than Gilbert (.088, .081). L2 and cosine distance
+differ by less than two seeds do. Clusters of 128, 64, 32, 16 tokens give hybrid .052, .052, .045, .044; sorting clusters
+along their principal direction instead of chaining them costs 10-30 %; 4 iterations do what 20 do within 3 %.
 """
 
 from collections.abc import Mapping
