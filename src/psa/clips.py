@@ -36,7 +36,7 @@ def read_frames(path: str | Path = CLIP, count: int = 16, size: tuple[int, int] 
 
 
 def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames [F, H, W, 3] as standardised patch vectors [tokens, channels] in raster order, and their grid (T, H, W)."""
+    """Frames [F, H, W, 3] as standardised patches [tokens, channels] in raster order, and their grid (T, H, W)."""
     t, y, x = PATCH
     count, height, width, _ = frames.shape
     grid = (count // t, height // y, width // x)

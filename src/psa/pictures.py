@@ -81,9 +81,8 @@ def draw_level_matrix(axes: Any, plan: Plan, head: int = 0, batch: int = 0) -> t
     image = axes.imshow(exponents(levels).cpu(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_xlabel("KV block")
     axes.set_ylabel("query block")
-    axes.set_title(
-        f"head {head}: density {float(plan.density_per_head[batch % plan.levels.shape[0], head % plan.levels.shape[1]]):.3f}"
-    )
+    per_head = plan.density_per_head[batch % plan.levels.shape[0], head % plan.levels.shape[1]]
+    axes.set_title(f"head {head}: density {float(per_head):.3f}")
     return image, labels
 
 
@@ -100,7 +99,7 @@ def level_matrices(plan: Plan, path: str | Path, heads: int = 4) -> Path:
 def draw_level_frames(
     axes: Sequence[Any], plan: Plan, frames: Tensor, grid: tuple[int, int, int], token: int, head: int
 ) -> Any:
-    """What one query token (a red mark) reads, drawn over frames: bright = full resolution, dark = coarse or skipped."""
+    """What one query token (a red mark) reads, drawn over frames: bright = in full, dark = coarse or skipped."""
     levels = exponents(token_levels(plan, token, head)[: grid[0] * grid[1] * grid[2]]).view(grid)
     cmap, norm, labels = level_colours(min(plan.block_n, MAX_LEVEL))
     t, h, w = token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]
