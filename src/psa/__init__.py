@@ -1,1 +1,30 @@
+"""Pyramid Sparse Attention: attention that reads unimportant keys through averages instead of dropping them."""
+
+from .allocate import allocate_levels, similarity_cap
+from .backends import backends
+from .config import PSAConfig
+from .errors import BackendError, ConfigError, PSAError, ShapeError
+from .functional import attend, merge, psa_attention
+from .functional import make_plan as plan
+from .module import PSAAttention
+from .plan import Plan
+from .reorder import gilbert_order
+
 __version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "PSAAttention",
+    "PSAConfig",
+    "PSAError",
+    "Plan",
+    "ShapeError",
+    "allocate_levels",
+    "attend",
+    "backends",
+    "gilbert_order",
+    "merge",
+    "plan",
+    "psa_attention",
+    "similarity_cap",
+]

@@ -1,0 +1,52 @@
+"""The backends, and how one is chosen. A backend is a module with ``device_reasons``, ``unsupported_reasons``,
+``forward`` and, unless autograd does it, ``backward``."""
+
+import importlib
+import logging
+from functools import lru_cache
+from types import ModuleType
+
+from torch import Tensor
+
+from ..errors import BackendError
+from .base import Selection
+
+NAMES = ("triton", "torch", "reference")
+"""In order of preference for ``backend="auto"``."""
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module. Importing one never needs its optional packages."""
+    if name not in NAMES:
+        raise BackendError(f"backend: {name!r} is unknown; valid: auto, {', '.join(NAMES)}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def backends() -> dict[str, list[str]]:
+    """Each backend with the reasons why it cannot be used on this machine; an empty list means it can."""
+    return {name: load(name).device_reasons() for name in NAMES}
+
+
+def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> str:
+    """The backend that serves a call. An explicit name never falls back.
+
+    Raises:
+        BackendError: when the named backend cannot serve the call, with every reason.
+    """
+    if name != "auto":
+        reasons = load(name).unsupported_reasons(q, k, v, selection)
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+        return name
+    for candidate in NAMES:
+        if candidate == "triton" and not q.is_cuda:
+            continue
+        if not load(candidate).unsupported_reasons(q, k, v, selection):
+            _announce(candidate, q.device.type)
+            return candidate
+    raise BackendError("no backend can serve this call")
+
+
+@lru_cache
+def _announce(name: str, device: str) -> None:
+    logging.getLogger("psa").info("backend %r serves tensors on %s", name, device)

@@ -1,0 +1,282 @@
+"""From importance to levels: topk, thresholdbound and proportional, the similarity cap, and the pinned blocks."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import MASK_MODES, MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
+from .errors import ConfigError, ShapeError
+from .schedule import level_index
+
+DROPPED = 8
+"""Level index that stands for a skipped block while levels are computed (no block is pooled 256 times)."""
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Which block pairs a query block may see, and which of them must stay at level 1.
+
+    Attributes:
+        visible: bool [1, 1, M, N]; None when every pair is.
+        pinned: bool [1|B, 1, M, N]; None when nothing is pinned.
+    """
+
+    visible: Tensor | None = None
+    pinned: Tensor | None = None
+
+
+def block_mask(
+    length_q: int,
+    length_k: int,
+    block_m: int,
+    block_n: int,
+    *,
+    is_causal: bool = False,
+    text_length: int = 0,
+    text_position: str = "last",
+    key_mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> BlockMask:
+    """Visibility and pins of every block pair.
+
+    Text query blocks and text KV blocks are pinned. When causal (bottom-right aligned), so are the blocks that are not
+    wholly visible to the query block's first row, and the first block that holds a real key.
+    """
+    first_q = torch.arange(0, length_q, block_m, device=device)
+    first_k = torch.arange(0, length_k, block_n, device=device)
+    last_q = (first_q + block_m).clamp(max=length_q) - 1
+    last_k = (first_k + block_n).clamp(max=length_k) - 1
+    visible = pinned = None
+    if is_causal:
+        shift = length_k - length_q
+        visible = first_k[None, :] <= (last_q + shift)[:, None]
+        pinned = (last_k[None, :] > (first_q + shift)[:, None])[None, None]
+        pinned = pinned | _first_real_block(first_k, block_n, key_mask)
+    if text_length:
+        text_q = _holds_text(first_q, last_q, length_q, text_length, text_position)
+        text_k = _holds_text(first_k, last_k, length_k, text_length, text_position)
+        text = (text_q[:, None] | text_k[None, :])[None, None]
+        pinned = text if pinned is None else pinned | text
+    if visible is not None:
+        visible = visible[None, None]
+        pinned = pinned & visible
+    return BlockMask(visible, pinned)
+
+
+def _holds_text(first: Tensor, last: Tensor, length: int, text_length: int, position: str) -> Tensor:
+    return first < text_length if position == "first" else last >= length - text_length
+
+
+def _first_real_block(first_k: Tensor, block_n: int, key_mask: Tensor | None) -> Tensor:
+    if key_mask is None:
+        return (first_k == 0)[None, None, None, :]
+    start = key_mask.to(torch.uint8).argmax(dim=-1)
+    return (first_k[None, :] == (start // block_n * block_n)[:, None])[:, None, None, :]
+
+
+def allocate_levels(
+    importance: Tensor,
+    *,
+    mask_mode: str,
+    mask_ratios: Ratios | None = None,
+    density: float | None = None,
+    block_n: int,
+    tau: float | None = None,
+    exponent: float = 1.0,
+    keep_all: bool = True,
+    share_heads: bool = False,
+    cap: Tensor | None = None,
+    mask: BlockMask | None = None,
+) -> Tensor:
+    """Levels for every block pair (METHOD §3 and §4a).
+
+    Rows are normalised first; an all-zero row counts as uniform; equal values keep their order.
+
+    Args:
+        importance: [B, H, M, N], non-negative.
+        mask_mode: ``"topk"`` or ``"thresholdbound"`` (with ``mask_ratios``), or ``"proportional"`` (with ``density`` or
+            ``tau``).
+        block_n: KV block size, the bound of every level.
+        exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`.
+        cap: [B, H|Hkv, N] coarsest level of each KV block, from :func:`similarity_cap`.
+        mask: visible and pinned block pairs; quotas and shares count visible pairs only.
+
+    Returns:
+        uint8 [B, H, M, N]. In proportional mode the density is the largest that is not above ``density``, unless pins
+        and caps alone exceed it.
+
+    Raises:
+        ConfigError, ShapeError.
+    """
+    if importance.ndim != 4 or not importance.dtype.is_floating_point:
+        raise ShapeError(f"importance: expected floats [B, H, M, N], got {importance.dtype} {list(importance.shape)}")
+    if not is_power_of_two(block_n) or block_n < 16:
+        raise ConfigError(f"block_n: {block_n!r} is not a power of two of at least 16")
+    if mask_mode not in MASK_MODES:
+        raise ConfigError(f"mask_mode: {mask_mode!r} is unknown{nearest(mask_mode, MASK_MODES)}")
+    if mask_ratios is not None and density is not None:
+        raise ConfigError("mask_ratios and density exclude each other; give one")
+    mask = mask or BlockMask()
+    caps = None if cap is None else level_index(_per_head(cap, importance.shape[1]))[:, :, None, :]
+    shares = normalise(importance, mask.visible)
+    if mask_mode == "proportional":
+        if (density is None) == (tau is None):
+            raise ConfigError("proportional: give either density or tau")
+        if density is not None:
+            check_density(density, min(block_n, MAX_LEVEL), keep_all)
+        index = proportional(shares, mask, caps, density, tau, exponent, keep_all, share_heads, block_n)
+    else:
+        if mask_ratios is None:
+            raise ConfigError(f"{mask_mode}: mask_ratios are missing")
+        index = ranked(shares, mask.visible, mask_mode, check_ratios(mask_ratios, block_n))
+        if caps is not None:
+            index = torch.where(index == DROPPED, index, torch.minimum(index, caps))
+        index = _apply_mask(index, mask)
+    levels = torch.bitwise_left_shift(torch.ones_like(index), index.clamp(max=7))
+    return levels.masked_fill(index == DROPPED, 0).to(torch.uint8)
+
+
+def _per_head(cap: Tensor, heads: int) -> Tensor:
+    return cap.repeat_interleave(heads // cap.shape[1], dim=1)
+
+
+def _apply_mask(index: Tensor, mask: BlockMask) -> Tensor:
+    if mask.pinned is not None:
+        index = index.masked_fill(mask.pinned, 0)
+    if mask.visible is not None:
+        index = index.masked_fill(~mask.visible, DROPPED)
+    return index
+
+
+def normalise(importance: Tensor, visible: Tensor | None) -> Tensor:
+    """Rows that sum to one over the visible blocks, float32; all-zero rows become uniform."""
+    weight = torch.nan_to_num(importance.float(), nan=0.0, posinf=torch.finfo(torch.float32).max).clamp(min=0)
+    if visible is not None:
+        weight = weight.masked_fill(~visible, 0.0)
+    if weight.shape[-1] == 0:
+        return weight
+    peak = weight.amax(dim=-1, keepdim=True)
+    even = torch.ones_like(weight) if visible is None else visible.to(weight.dtype).expand_as(weight)
+    weight = torch.where(peak > 0, weight / peak.clamp(min=torch.finfo(torch.float32).tiny), even)
+    return weight / weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def ranked(shares: Tensor, visible: Tensor | None, mode: str, ratios: Ratios) -> Tensor:
+    """Level indices by position in the descending order of a row: topk quotas or cumulative thresholds (METHOD §3)."""
+    count = shares.shape[-1]
+    weight = shares if visible is None else shares.masked_fill(~visible, -1.0)
+    sorted_weight, order = weight.sort(dim=-1, descending=True, stable=True)
+    seen = torch.tensor(count, device=shares.device) if visible is None else visible.sum(-1, keepdim=True)
+    positions = torch.arange(count, device=shares.device)
+    cumulative = sorted_weight.clamp(min=0).cumsum(-1) if mode == "thresholdbound" else None
+    by_rank = torch.full_like(order, DROPPED, dtype=torch.int32)
+    end = torch.zeros_like(seen)
+    for level, (_, bound) in ratios.items():
+        if level == 0:
+            continue
+        start = end
+        if cumulative is None:
+            end = (seen.double() * bound).floor().long()
+        else:
+            within = (cumulative <= bound + 1e-6).logical_and(positions < seen).sum(-1, keepdim=True)
+            end = torch.where(within > 0, torch.minimum(within + 1, seen), start)
+            if level == 1:
+                floor = torch.minimum((seen.double() * 0.06).floor().long() + 1, seen)
+                end = torch.maximum(end, floor)
+        end = torch.maximum(end, start)
+        by_rank.masked_fill_((positions >= start) & (positions < end), int(math.log2(level)))
+    return torch.empty_like(by_rank).scatter_(-1, order, by_rank)
+
+
+def proportional(
+    shares: Tensor,
+    mask: BlockMask,
+    caps: Tensor | None,
+    density: float | None,
+    tau: float | None,
+    exponent: float,
+    keep_all: bool,
+    share_heads: bool,
+    block_n: int,
+) -> Tensor:
+    """Level indices ``round(log2(tau / share**exponent))``, clamped to [0, log2 block_n] (METHOD §4a).
+
+    The optimum of minimising Σ share**p · log2(level) under Σ 1/level = budget keeps rows in proportion to share**p.
+    ``tau`` is found by bisection: elementwise work, no sort. A fixed fractional offset per block pair, far below what
+    importance can resolve, breaks ties so that the budget is met on constant rows too.
+    """
+    coarsest = int(math.log2(min(block_n, MAX_LEVEL)))
+    log_share = exponent * shares.clamp(min=2.0**-60).log2_()
+    log_share += _tie_break(log_share)
+
+    def indices(log_tau: Tensor) -> Tensor:
+        index = (log_tau - log_share + 0.5).floor_()
+        if keep_all:
+            index.clamp_(0, coarsest)
+        else:
+            index.clamp_(min=0)
+            index.masked_fill_(index > coarsest, DROPPED)
+        if caps is not None:
+            index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
+        return _apply_mask(index, mask)
+
+    if tau is not None:
+        log_tau = torch.full_like(log_share[..., :1, :1], math.log2(tau))
+        return indices(log_tau).to(torch.int32)
+
+    over = (1, 2, 3) if share_heads else (2, 3)
+    pairs = torch.ones_like(shares[..., :1, :1]) if mask.visible is None else mask.visible
+    total = pairs.expand_as(shares).sum(over, keepdim=True, dtype=torch.float32)
+    low = torch.full_like(total, -60.0 * exponent - 2.0)
+    high = torch.full_like(total, coarsest + 3.0)
+    for _ in range(32):
+        middle = 0.5 * (low + high)
+        index = indices(middle)
+        kept = index.neg().exp2_().masked_fill_(index == DROPPED, 0.0).sum(over, keepdim=True)
+        fits = kept <= density * total
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle)
+    return indices(high).to(torch.int32)
+
+
+def _tie_break(log_share: Tensor) -> Tensor:
+    """A fixed offset in [0, 1/64) for each (head, query block, KV block): multiples of the golden ratio, modulo one."""
+    _, heads, m, n = log_share.shape
+    steps = torch.arange(heads * m * n, device=log_share.device, dtype=torch.float64)
+    return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, heads, m, n)
+
+
+def similarity_cap(
+    k: Tensor, block_n: int, thresholds: dict[int, float] | None = None, key_mask: Tensor | None = None
+) -> Tensor:
+    """The coarsest level that a KV block's own keys allow (METHOD §3, ``use_sim_mask``).
+
+    Within each block, ``c_h`` is the mean cosine between the first and last key of every group of h; the coarsest h
+    whose ``c_h`` exceeds its threshold is the cap, else 1. A partial last block is completed by repeating its last
+    token (as are masked tokens, by the last real one before them).
+
+    Args:
+        k: [B, Hkv, Lk, D].
+        thresholds: default {2: .7, 4: .65, 8: .6}.
+
+    Returns:
+        uint8 [B, Hkv, N] in {1, 2, 4, 8}.
+    """
+    thresholds = {2: 0.7, 4: 0.65, 8: 0.6} if thresholds is None else thresholds
+    batch, heads, length, _ = k.shape
+    count = -(-length // block_n)
+    index = torch.arange(count * block_n, device=k.device).clamp(max=length - 1)
+    if key_mask is not None:
+        last_real = torch.where(key_mask, torch.arange(length, device=k.device), 0).cummax(dim=-1).values
+        keys = k.gather(2, last_real[:, index][:, None, :, None].expand(batch, heads, -1, k.shape[-1]))
+    else:
+        keys = k[:, :, index]
+    keys = torch.nn.functional.normalize(keys.double() if k.dtype == torch.float64 else keys.float(), dim=-1)
+    blocks = keys.unflatten(2, (count, block_n))
+    cap = torch.ones(batch, heads, count, dtype=torch.uint8, device=k.device)
+    for level, threshold in sorted(thresholds.items()):
+        cosine = (blocks[..., ::level, :] * blocks[..., level - 1 :: level, :]).sum(-1).mean(-1)
+        cap.masked_fill_(cosine > threshold, level)
+    return cap

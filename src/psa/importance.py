@@ -1,0 +1,218 @@
+"""How much each KV block matters to each query block, at a small fraction of the cost of attention.
+
+Every estimate scores a few query rows against a few key rows, takes a softmax per query row and adds (or takes the
+maximum of) the result over each block pair. Memory stays linear: query rows are processed in chunks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import PSAConfig
+from .pyramid import group_counts, group_means, group_sums
+
+CHUNK = 1 << 22
+"""Logits held at a time (16 MB in float32)."""
+
+
+@dataclass(frozen=True)
+class ScoreRows:
+    """Query rows and key rows to score.
+
+    Attributes:
+        queries: [B, H, Rq, d], scaled. keys: [B, Hkv, Rk, d].
+        bias: [1|B, Rk] added to the logits; -inf hides a row.
+        query_position, key_position: a key row is visible unless its position is after the query row's. None: all are.
+        per_block_q, per_block_k: rows that make up one block.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor
+    query_position: Tensor | None
+    key_position: Tensor | None
+    per_block_q: int
+    per_block_k: int
+
+
+@torch.no_grad()
+def importance(
+    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+) -> Tensor:
+    """Importance by ``config.importance``: float32 [B, H, M, N], rows that sum to one, or to zero where nothing is seen.
+
+    q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
+    """
+    gather = {"pooled": pooled_rows, "sampled": sampled_rows, "antidiagonal": antidiagonal_rows}[config.importance]
+    rows = gather(q, k, config, scale, is_causal, key_mask)
+    blocks_q, blocks_k = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled")
+
+
+def pooled_rows(
+    q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
+) -> ScoreRows:
+    """Means over ``importance_rows`` queries against means over ``importance_cols`` keys, weighted by their counts."""
+    rows, cols = config.importance_rows, config.importance_cols
+    keys = k.float()
+    bias = group_counts(k.shape[2], cols, key_mask, like=keys).log()
+    positions = _positions(q, k, rows, cols, is_causal, last_key=True)
+    queries = group_means(q.float(), rows) * scale
+    pooled = group_means(keys, cols, key_mask)
+    return ScoreRows(queries, pooled, bias, *positions, config.block_m // rows, config.block_n // cols)
+
+
+def antidiagonal_rows(
+    q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
+) -> ScoreRows:
+    """The mean logit of the antidiagonal of each stride × stride tile, as one product of long rows (METHOD §3).
+
+    A tile's queries in reverse order, laid end to end, times its keys laid end to end is the sum over the antidiagonal.
+    Tiles cut by the end of the sequence average over what is real; the corner tile, cut both ways, scales by both cuts.
+    """
+    stride = config.importance_stride
+    keys = k.float()
+    if key_mask is not None:
+        keys = keys.masked_fill(~key_mask[:, None, :, None], 0.0)
+    queries = _tiles(q.float(), stride).flip(-2).flatten(-2)
+    queries = queries * (scale / group_counts(q.shape[2], stride, None, like=queries))[:, None, :, None]
+    real = torch.ones(1, k.shape[2], device=k.device) if key_mask is None else key_mask.float()
+    count = group_sums(real[..., None], stride)[..., 0]
+    keys = _tiles(keys, stride).flatten(-2) * (stride / count.clamp(min=1))[:, None, :, None]
+    bias = torch.zeros_like(count).masked_fill_(count == 0, -torch.inf)
+    positions = _positions(q, k, stride, stride, is_causal, last_key=False)
+    return ScoreRows(queries, keys, bias, *positions, config.block_m // stride, config.block_n // stride)
+
+
+def sampled_rows(
+    q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
+) -> ScoreRows:
+    """A quarter of each block's tokens; which, is drawn once per seed and is the same for every block."""
+    index_q = _sample(q.shape[2], config.block_m, config.seed).to(q.device)
+    index_k = _sample(k.shape[2], config.block_n, config.seed + 1).to(k.device)
+    bias = torch.zeros(1, index_k.numel(), device=k.device)
+    if key_mask is not None:
+        bias = bias.masked_fill(~key_mask[:, index_k], -torch.inf)
+    shift = k.shape[2] - q.shape[2]
+    positions = (index_q + shift, index_k) if is_causal else (None, None)
+    queries, keys = q[:, :, index_q].float() * scale, k[:, :, index_k].float()
+    return ScoreRows(queries, keys, bias, *positions, config.block_m // 4, config.block_n // 4)
+
+
+def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool) -> Tensor:
+    """Softmax of each query row, summed (or maximised) over block pairs, rows normalised: float32 [B, H, M, N]."""
+    batch, heads, count, _ = rows.queries.shape
+    out = torch.zeros(batch, heads, blocks_q, blocks_k, device=rows.queries.device)
+    missing = blocks_k * rows.per_block_k - rows.keys.shape[2]
+    keys = torch.nn.functional.pad(rows.keys, (0, 0, 0, missing)).transpose(-1, -2)
+    bias = torch.nn.functional.pad(rows.bias, (0, missing), value=-torch.inf)
+    step = max(1, CHUNK // max(1, heads * keys.shape[-1]) // rows.per_block_q) * rows.per_block_q
+    for b in range(batch):
+        for start in range(0, count, step):
+            part = rows.queries[b, :, start : start + step]
+            logits = _grouped_product(part, keys[b]) + bias[b if bias.shape[0] > 1 else 0]
+            if rows.query_position is not None and rows.key_position is not None:
+                seen = rows.key_position[None, :] <= rows.query_position[start : start + step, None]
+                logits[..., : seen.shape[-1]].masked_fill_(~seen, -torch.inf)
+            logits -= logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+            mass = logits.exp_().unflatten(-1, (blocks_k, rows.per_block_k))
+            total = mass.sum((-1, -2))[..., None].clamp(min=torch.finfo(torch.float32).tiny)
+            mass = (mass.amax(-1) if largest else mass.sum(-1)) / total
+            mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
+            first = start // rows.per_block_q
+            out[b, :, first : first + mass.shape[1]] = mass.amax(2) if largest else mass.sum(2)
+    return out / out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def measured_mass(
+    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Block importance, and what pooling would lose of it, from pooled queries against all keys (METHOD §4b).
+
+    Costs 1/importance_rows of Q·Kᵀ. A mean of logits is the logit of a mean key, so one product serves all levels.
+
+    Returns:
+        importance: float32 [B, H, M, N].
+        log_ratio: float16 [B, H, M, N, E], ln(mass of the block / mass of its form at level 2**e), in
+            [0, ``config.bias_cap``]; zero for level 1.
+    """
+    rows, block_m, block_n = config.importance_rows, config.block_m, config.block_n
+    queries = group_means(q.float(), rows) * scale
+    batch, heads, count, _ = queries.shape
+    blocks_q, blocks_k = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
+    missing = blocks_k * block_n - k.shape[2]
+    keys = torch.nn.functional.pad(k.float(), (0, 0, 0, missing)).transpose(-1, -2)
+    real = torch.ones(1, k.shape[2], device=k.device) if key_mask is None else key_mask.float()
+    real = torch.nn.functional.pad(real, (0, missing))
+    position_q, position_k = _positions(q, k, rows, 1, is_causal, last_key=True)
+    exponents = range(config.max_level.bit_length())
+    mass = torch.zeros(batch, heads, blocks_q, blocks_k, device=q.device)
+    ratio = torch.zeros(batch, heads, blocks_q, blocks_k, len(exponents), dtype=torch.float16, device=q.device)
+    per_block = block_m // rows
+    step = max(1, CHUNK // max(1, heads * keys.shape[-1]) // per_block) * per_block
+    for b in range(batch):
+        weight = real[b if real.shape[0] > 1 else 0]
+        for start in range(0, count, step):
+            logits = _grouped_product(queries[b, :, start : start + step], keys[b])
+            hidden = weight == 0
+            if position_q is not None and position_k is not None:
+                late = position_k[None, :] > position_q[start : start + step, None]
+                hidden = hidden | torch.nn.functional.pad(late, (0, missing), value=True)
+            peak = logits.masked_fill(hidden, -torch.inf).amax(-1, keepdim=True)
+            logits = logits - peak.clamp(min=torch.finfo(torch.float32).min)
+            exact = logits.masked_fill(hidden, -torch.inf).exp_().unflatten(-1, (blocks_k, block_n)).sum(-1)
+            total = exact.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            first = start // per_block
+
+            def per_query_block(share: Tensor, total: Tensor = total) -> Tensor:
+                return _pad_rows(share / total, per_block).unflatten(1, (-1, per_block)).sum(2)
+
+            block_mass = per_query_block(exact)
+            last = first + block_mass.shape[1]
+            mass[b, :, first:last] = block_mass
+            group_logits, group_count = logits * weight, weight
+            for e in exponents[1:]:
+                group_logits = group_logits.unflatten(-1, (-1, 2)).sum(-1)
+                group_count = group_count.unflatten(-1, (-1, 2)).sum(-1)
+                pooled = (group_logits / group_count.clamp(min=1)).clamp(max=80).exp_() * group_count
+                pooled = per_query_block(pooled.unflatten(-1, (blocks_k, -1)).sum(-1))
+                lost = (block_mass.clamp(min=1e-30) / pooled.clamp(min=1e-30)).log_()
+                ratio[b, :, first:last, :, e] = lost.clamp_(0.0, config.bias_cap).to(torch.float16)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), ratio
+
+
+def _grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
+    """[H, R, d] × [Hkv, d, C] -> [H, R, C] without repeating keys."""
+    heads, kv_heads = queries.shape[0], keys.shape[0]
+    if heads == kv_heads:
+        return queries @ keys
+    return (queries.unflatten(0, (kv_heads, -1)) @ keys[:, None]).flatten(0, 1)
+
+
+def _positions(
+    q: Tensor, k: Tensor, rows: int, cols: int, is_causal: bool, *, last_key: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if not is_causal:
+        return None, None
+    length_q, length_k = q.shape[2], k.shape[2]
+    last_q = torch.arange(rows, length_q + rows, rows, device=q.device).clamp(max=length_q) - 1
+    first_k = torch.arange(0, length_k, cols, device=k.device)
+    key = (first_k + cols).clamp(max=length_k) - 1 if last_key else first_k
+    return last_q + length_k - length_q, key
+
+
+def _tiles(x: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+
+
+def _pad_rows(x: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % multiple))
+
+
+def _sample(length: int, block: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randperm(block, generator=generator)[: block // 4].sort().values
+    starts = torch.arange(0, length, block)
+    return (starts[:, None] + offsets[None, :]).clamp(max=length - 1).flatten()

@@ -1,0 +1,34 @@
+"""`PSAAttention`: the function as a module that holds its configuration and what is carried from call to call."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import PSAConfig
+from .functional import psa_attention
+from .reorder import SemanticState
+
+
+class PSAAttention(nn.Module):
+    """Holds a :class:`PSAConfig`; called like :func:`psa.psa_attention`, with the same arguments and results.
+
+    Args:
+        config: settings of every call; default as in :func:`psa.psa_attention`.
+        **settings: changes to the config, e.g. ``PSAAttention(density=0.15)``.
+    """
+
+    def __init__(self, config: PSAConfig | None = None, **settings: Any) -> None:
+        super().__init__()
+        base = PSAConfig() if config is None else config
+        self.config = base.replace(**settings) if settings else base
+        self.reorder_state: SemanticState | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        if call.get("plan") is None:
+            call = {"config": self.config, **call}
+        return psa_attention(q, k, v, **call)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        amount = f"density={c.density}" if c.density is not None else f"mask_ratios={c.mask_ratios}"
+        return f"{c.mask_mode}, {amount}, blocks {c.block_m}×{c.block_n}"

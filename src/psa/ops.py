@@ -1,0 +1,216 @@
+"""The method's stages as opaque torch operators, so that compiled graphs hold one node for each.
+
+``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend, ``psa::token_order``
+looks up a spatial order. Each has a fake kernel and a rule for ``torch.func.vmap``.
+"""
+
+import torch
+from torch import Tensor
+
+from .allocate import allocate_levels, block_mask, similarity_cap
+from .backends import load
+from .backends.base import Selection
+from .config import PSAConfig
+from .importance import importance, measured_mass
+from .reorder import spatial_permutation
+from .schedule import level_index
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+@torch.library.custom_op("psa::select", mutates_args=())
+def select(
+    q: Tensor,
+    k: Tensor,
+    given: Tensor | None,
+    key_mask: Tensor | None,
+    config_key: str,
+    scale: float,
+    is_causal: bool,
+    text_length: int,
+    text_position: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 3 and 4 on reordered tokens.
+
+    Returns:
+        levels uint8 [B, H, M, N]; query_power float32 [B, H, D] (empty without the variance bias);
+        pair_bias float16 [B, H, M, N] (empty without the measured bias).
+    """
+    config = PSAConfig.from_key(config_key)
+    q, k = q.detach(), k.detach()
+    mask = block_mask(
+        q.shape[2],
+        k.shape[2],
+        config.block_m,
+        config.block_n,
+        is_causal=is_causal,
+        text_length=text_length,
+        text_position=text_position,
+        key_mask=key_mask,
+        device=q.device,
+    )
+    shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
+    if config.type == "dense":
+        levels = torch.ones(shape, dtype=torch.uint8, device=q.device)
+        levels = levels if mask.visible is None else levels * mask.visible
+        return levels, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float16)
+    scored, ratio = given, None
+    if config.bias == "measured":
+        measured, ratio = measured_mass(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
+        scored = measured if scored is None else scored
+    elif scored is None:
+        scored = importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
+    levels = allocate_levels(
+        scored.expand(shape),
+        mask_mode=str(config.mask_mode),
+        mask_ratios=config.mask_ratios,
+        density=config.density,
+        block_n=config.block_n,
+        tau=config.tau,
+        exponent=config.exponent,
+        keep_all=config.keep_all,
+        share_heads=config.share_heads,
+        cap=similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None,
+        mask=mask,
+    )
+    power = q.float().square().mean(2) if config.bias == "variance" else q.new_empty(0, dtype=torch.float32)
+    pairs = q.new_empty(0, dtype=torch.float16)
+    if ratio is not None:
+        pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
+    return levels, power, pairs
+
+
+@select.register_fake
+def _(q, k, given, key_mask, config_key, scale, is_causal, text_length, text_position):
+    config = PSAConfig.from_key(config_key)
+    shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
+    power = (q.shape[0], q.shape[1], q.shape[3]) if config.bias == "variance" and config.type == "psa" else (0,)
+    pairs = shape if config.bias == "measured" and config.type == "psa" else (0,)
+    return (
+        q.new_empty(shape, dtype=torch.uint8),
+        q.new_empty(power, dtype=torch.float32),
+        q.new_empty(pairs, dtype=torch.float16),
+    )
+
+
+@torch.library.custom_op("psa::token_order", mutates_args=())
+def token_order(
+    like: Tensor, method: str, grid: list[int], text_length: int, text_position: str, tile_size: list[int]
+) -> Tensor:
+    """A spatial order (int64 [L]) on the device of ``like``; the cached table stays out of the graph."""
+    permutation = spatial_permutation(
+        method, tuple(grid), text_length, text_position, tuple(tile_size), device=like.device
+    )
+    return permutation.q_order.clone()
+
+
+@token_order.register_fake
+def _(like, method, grid, text_length, text_position, tile_size):
+    return like.new_empty(text_length + grid[0] * grid[1] * grid[2], dtype=torch.int64)
+
+
+@torch.library.custom_op("psa::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    query_power: Tensor | None,
+    bias_cap: Tensor | None,
+    pair_bias: Tensor | None,
+    key_mask: Tensor | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Stages 5 and 6: out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq]."""
+    selection = Selection(levels, block_m, block_n, scale, is_causal, query_power, bias_cap, pair_bias, key_mask)
+    return load(backend).forward(q.detach(), k.detach(), v.detach(), selection)
+
+
+@attend.register_fake
+def _(q, k, v, levels, query_power, bias_cap, pair_bias, key_mask, block_m, block_n, scale, is_causal, backend):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+
+
+@torch.library.custom_op("psa::attend_backward", mutates_args=())
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    levels: Tensor,
+    query_power: Tensor | None,
+    bias_cap: Tensor | None,
+    pair_bias: Tensor | None,
+    key_mask: Tensor | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in their own dtypes. Levels and biases are constants."""
+    selection = Selection(levels, block_m, block_n, scale, is_causal, query_power, bias_cap, pair_bias, key_mask)
+    return load(backend).backward(grad_out, grad_lse, q, k, v, out, lse, selection)
+
+
+@attend_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, levels, query_power, bias_cap, pair_bias, key_mask, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, levels, query_power, bias_cap, pair_bias, key_mask)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, *constants = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = attend_backward(grad_out, grad_lse, q, k, v, out, lse, *constants, *ctx.settings)
+    return (*grads, *([None] * 10))
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
+
+
+def _fold(info, dims, args):
+    """Moves each mapped dimension into the batch dimension; what is not mapped is repeated for every item."""
+    folded = []
+    for arg, dim in zip(args, dims, strict=True):
+        if isinstance(arg, Tensor):
+            arg = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+        folded.append(arg)
+    return folded
+
+
+def _spread(tensor, batch):
+    """[V, 1|B, ...] -> [V * B, ...]."""
+    return tensor.expand(tensor.shape[0], batch, *tensor.shape[2:]).flatten(0, 1)
+
+
+def _vmap(op, first_tensors):
+    def rule(info, dims, *args):
+        args = _fold(info, dims, args)
+        batch = args[first_tensors].shape[1]
+        flat = [_spread(arg, batch) if isinstance(arg, Tensor) else arg for arg in args]
+        outs = op(*flat)
+        outs = tuple(o.unflatten(0, (info.batch_size, batch)) if o.numel() else o for o in outs)
+        return outs, tuple(0 if o.numel() else None for o in outs)
+
+    return rule
+
+
+torch.library.register_vmap(select, _vmap(select, 0))
+torch.library.register_vmap(attend, _vmap(attend, 0))
+torch.library.register_vmap(attend_backward, _vmap(attend_backward, 0))
