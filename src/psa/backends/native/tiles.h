@@ -14,30 +14,44 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define VL 16
+#ifndef NV
 #define NV 4
+#endif
 #define vmax(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #elif defined(__AVX__)
 #include <immintrin.h>
 #define VL 8
+#ifndef NV
 #define NV 2
+#endif
 #define vmax(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #define VL 4
+#ifndef NV
 #define NV 4
+#endif
 #define vmax(a, b) ((vf)vmaxq_f32((float32x4_t)(a), (float32x4_t)(b)))
 #else
 #define VL 4
+#ifndef NV
 #define NV 2
+#endif
 #define vmax(a, b) vselect((a) > (b), (a), (b))
 #endif
 
+#ifndef MR
 #define MR 6                /* pyramid rows of a score tile: MR * NV accumulators */
-#define ND 4                /* channels of an output tile */
+#endif
+#ifndef ND
+#define ND 6                /* channels of an output tile */
+#endif
 #define LANES (VL * NV)     /* queries of one strip */
 #define GROUP 128           /* queries that share one walk over the rows */
 #define STRIPS (GROUP / LANES)
+#ifndef CHUNK
 #define CHUNK 96            /* pyramid rows per online-softmax step, a multiple of MR */
+#endif
 #define LOG2E 1.44269504088896340736f
 #define LN2 0.69314718055994530942f
 
