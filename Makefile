@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`. Set-up is part of both, and always brings a CPU build of torch.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+TORCH := torch==2.13.0
+# A CPU build that lies at hand (the folder that pip's own variable names), else PyTorch's CPU index.
+LOCAL := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*.whl))
+SOURCE := $(if $(LOCAL),,--torch-backend=cpu)
+UV := UV_FIND_LINKS="$(if $(LOCAL),$(PIP_FIND_LINKS))" $(PYTHON) -m uv
+INTERPRET := TRITON_INTERPRET=1 $(RUN)/python -m pytest tests/triton
+
+.PHONY: demo test test-all lint bench docs setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo | test | test-all | lint | bench | docs | clean"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install -q uv
+	@test -x $(RUN)/python || $(UV) venv -q $(VENV) --python ">=3.11"
+	$(UV) pip install -q --python $(RUN)/python $(SOURCE) -e ".[dev]" "$(TORCH)"
+	@touch $@
+
+demo: setup
+	$(RUN)/psa demo
+
+test: setup lint
+	$(RUN)/python -m pytest -n 2 -m "not slow"
+	$(INTERPRET) -n 2 -m "not slow"
+
+test-all: setup lint
+	$(RUN)/python -m pytest -n 2
+	$(INTERPRET) -n 2
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright
+
+bench: setup
+	$(RUN)/python benchmarks/cpu.py
+	$(RUN)/python benchmarks/quality.py
+
+docs: setup
+	$(RUN)/python benchmarks/render.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis outputs

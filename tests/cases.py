@@ -1,0 +1,57 @@
+"""Inputs that several test files share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from psa.backends.base import Selection
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of one attention call."""
+
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    length_q: int = 200
+    length_k: int = 200
+    head_dim: int = 32
+    block_m: int = 64
+    block_n: int = 32
+    is_causal: bool = False
+    masked: bool = False
+    variance: bool = False
+    pairs: bool = False
+    shared_levels: bool = False
+    empty_rows: bool = False
+
+
+def make(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Random q, k, v and a Selection with every level present."""
+    g = torch.Generator().manual_seed(seed)
+    shape_q = (case.batch, case.heads, case.length_q, case.head_dim)
+    shape_k = (case.batch, case.kv_heads, case.length_k, case.head_dim)
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (shape_q, shape_k, shape_k))
+    blocks = (-(-case.length_q // case.block_m), -(-case.length_k // case.block_n))
+    lead = (1, 1) if case.shared_levels else (case.batch, case.heads)
+    top = min(case.block_n, 128).bit_length()
+    exponents = torch.randint(-1, top, (*lead, *blocks), generator=g)
+    if case.empty_rows:
+        exponents[:, :, ::2] = -1
+    levels = torch.where(exponents < 0, 0, 2 ** exponents.clamp(min=0)).to(torch.uint8)
+    key_mask = None
+    if case.masked:
+        key_mask = torch.rand(case.batch, case.length_k, generator=g) > 0.3
+    selection = Selection(
+        levels,
+        case.block_m,
+        case.block_n,
+        case.head_dim**-0.5,
+        case.is_causal,
+        query_power=q.float().square().mean(2) if case.variance else None,
+        bias_cap=torch.full((1, 1), 1.0) if case.variance else None,
+        pair_bias=torch.rand(levels.shape, generator=g).half() if case.pairs else None,
+        key_mask=key_mask,
+    )
+    return q, k, v, selection

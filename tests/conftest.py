@@ -1,0 +1,23 @@
+"""Shared by every test: freshly allocated memory is poisoned, so that what is read before it is written shows as NaN."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` returns NaN while a test runs (PyTorch fills it in deterministic mode)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
