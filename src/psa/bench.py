@@ -86,8 +86,8 @@ def _inputs(
 
 def bench(
     lengths: Iterable[int], head_dims: Iterable[int], densities: Iterable[float], *,
-    backends: Iterable[str] = ("auto",), heads: int = 4, batch: int = 1, dtype: torch.dtype = torch.float32, is_causal: bool = False,
-    device: str | None = None, repeats: int = 3,
+    backends: Iterable[str] = ("auto",), heads: int = 4, batch: int = 1, dtype: torch.dtype = torch.float32,
+    is_causal: bool = False, device: str | None = None, repeats: int = 3,
 ) -> Iterator[BenchRow]:  # fmt: skip
     """Yields one row for each combination as soon as it is measured. Dense is ``scaled_dot_product_attention``."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

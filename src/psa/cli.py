@@ -219,9 +219,8 @@ def bench(
         return print_json([asdict(row) for row in rows])
     out.print(table)
     first = rows[0]
-    out.print(
-        f"[dim]{first.device}, {first.threads} threads, torch {first.torch}, {dtype}. of ideal: speed-up × density[/dim]"
-    )
+    where = f"{first.device}, {first.threads} threads, torch {first.torch}, {dtype}"
+    out.print(f"[dim]{where}. of ideal: speed-up × density[/dim]")
     if output:
         out.print(f"rows {output}, plot {room.plot(rows, output.with_suffix('.png'))}")
 

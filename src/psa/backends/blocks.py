@@ -143,7 +143,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tens
             lse[b, h, rows.queries] = (top + total.log()).squeeze(-1)
 
     spans = range(0, problem.blocks, SPAN)
-    _run([partial(work, b, h, first) for b in range(q.shape[0]) for h in range(q.shape[1]) for first in spans], q.device)
+    _run(
+        [partial(work, b, h, first) for b in range(q.shape[0]) for h in range(q.shape[1]) for first in spans], q.device
+    )
     return out, lse
 
 
