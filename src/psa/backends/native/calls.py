@@ -114,7 +114,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: "Selection") -> tuple[Te
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selection: "Selection"
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: "Selection",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in float32, contiguous."""
     call = _Call(q, k, v, selection)
