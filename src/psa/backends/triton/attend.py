@@ -32,7 +32,7 @@ def _psa_fwd_kernel(
     heads, length_q, length_k, blocks, rows, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     LOG2_BLOCK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
+    WHOLE_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_M query rows of one head. Grid (query tiles, B * H).
@@ -65,33 +65,35 @@ def _psa_fwd_kernel(
     done = 0
     if not HAS_MASK:
         first_position = tile * BLOCK_M + length_k - length_q
-        done = whole_tiles(list_ptr, ends_ptr, first_position, length_k, CAUSAL, block_n, BLOCK_N)
-        first = whole_rows(0, list_ptr, done, block_n, LOG2_BLOCK, BLOCK_N)
+        done = whole_tiles(list_ptr, ends_ptr, first_position, length_k, CAUSAL, block_n, WHOLE_N)
+        first = whole_rows(0, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
         for t in range(done):
-            keys = load_whole(keys_ptr, first, block_n, BLOCK_N, D, D_PAD)
+            keys = load_whole(keys_ptr, first, block_n, WHOLE_N, D, D_PAD)
             products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-            values = load_whole(values_ptr, first, block_n, BLOCK_N, D, D_PAD)
-            first = whole_rows(t + 1, list_ptr, done, block_n, LOG2_BLOCK, BLOCK_N)
+            values = load_whole(values_ptr, first, block_n, WHOLE_N, D, D_PAD)
+            first = whole_rows(t + 1, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
             weights, shrink, running_max, running_sum = finite_softmax_update(
                 products, scale_log2, running_max, running_sum
             )
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
 
-    tile_ends, shifts, last_entries = level_table(ends_ptr, done, block_n, BLOCK_N, LEVELS)
-    level, block, row, valid = rows_of_tile(
-        0, list_ptr, tile_ends, shifts, last_entries, blocks, block_n, LOG2_BLOCK, BLOCK_N, LEVELS
+    tile_ends, shifts, last_positions = level_table(ends_ptr, done * WHOLE_N, block_n, BLOCK_N, LEVELS)
+    level, block, row, lanes = rows_of_tile(
+        0, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS
     )
     for t in range(tile_ends[LEVELS - 1]):
         at = level_offset(level, blocks, block_n) + row
-        keys = load_rows(keys_ptr, at, valid, D, D_PAD)
+        keys = load_rows(keys_ptr, at, lanes, BLOCK_N, D, D_PAD)
         products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-        values = load_rows(values_ptr, at, valid, D, D_PAD)
-        bias = lane_bias(level, block, row, valid, bias_ptr, pair_ptr, blocks, block_n, ROW_BIAS, PAIR_BIAS)
+        values = load_rows(values_ptr, at, lanes, BLOCK_N, D, D_PAD)
+        bias = lane_bias(
+            level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS
+        )
         scores = products * scale_log2 + bias[None, :]
         if CAUSAL:
             scores = tl.where(hidden_rows(level, row, position, length_k), -float("inf"), scores)
-        level, block, row, valid = rows_of_tile(
-            t + 1, list_ptr, tile_ends, shifts, last_entries, blocks, block_n, LOG2_BLOCK, BLOCK_N, LEVELS
+        level, block, row, lanes = rows_of_tile(
+            t + 1, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS
         )
         weights, shrink, running_max, running_sum = online_softmax_update(scores, running_max, running_sum)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)

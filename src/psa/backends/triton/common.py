@@ -21,61 +21,63 @@ def level_offset(level, blocks, block_n: tl.constexpr):
 
 @triton.jit
 def level_table(ends_ptr, done, block_n: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr):
-    """Per level, as tuples of scalars: the tile it ends before, its position shift, and its last entry + 1.
+    """Per level, as tuples of scalars: the tile it ends before, its position shift, and the position it ends at.
 
-    ``done`` full tiles of level 1 are left out. Position ``p = t * BLOCK_N + lane + shift`` counts rows of one level
-    from the start of the whole list, so that ``p // rows per block`` is the list entry and the rest is the group.
+    The first ``done`` rows of level 1 are left out. Position ``p = t * BLOCK_N + lane + shift`` counts rows as if the
+    whole list were of that level, so ``p // (rows per block)`` is the list entry and the rest is the row in the block.
     """
-    tile_ends, shifts, last_entries = (), (), ()
+    tile_ends, shifts, last_positions = (), (), ()
     tiles = 0
-    first = done * BLOCK_N
+    first = done
     for e in tl.static_range(LEVELS):
         entries = tl.load(ends_ptr + e)
         shifts = shifts + (first - tiles * BLOCK_N,)  # noqa: RUF005 - Triton has no starred tuples
         tiles += tl.cdiv(entries * (block_n >> e) - first, BLOCK_N)
         tile_ends = tile_ends + (tiles,)  # noqa: RUF005
-        last_entries = last_entries + (entries,)  # noqa: RUF005
+        last_positions = last_positions + (entries * (block_n >> e),)  # noqa: RUF005
         first = entries * (block_n >> (e + 1))
-    return tile_ends, shifts, last_entries
+    return tile_ends, shifts, last_positions
 
 
 @triton.jit
-def tile_level(t, tile_ends, shifts, last_entries, LEVELS: tl.constexpr):
-    """Level index, position shift and list end of tile ``t``: scalars."""
+def tile_level(t, tile_ends, shifts, last_positions, LEVELS: tl.constexpr):
+    """Level index, position shift and last position of tile ``t``: scalars."""
     level = 0
-    shift, last_entry = shifts[0], last_entries[0]
+    shift, last_position = shifts[0], last_positions[0]
     for e in tl.static_range(1, LEVELS):
         past = t >= tile_ends[e - 1]
         level = tl.where(past, e, level)
         shift = tl.where(past, shifts[e], shift)
-        last_entry = tl.where(past, last_entries[e], last_entry)
-    return level, shift, last_entry
+        last_position = tl.where(past, last_positions[e], last_position)
+    return level, shift, last_position
 
 
 @triton.jit
 def rows_of_tile(
-    t, list_ptr, tile_ends, shifts, last_entries, blocks,
-    block_n: tl.constexpr, LOG2_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr,
+    t, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Tile ``t`` of a packed list: its level index, each lane's KV block, row within the level, and validity."""
-    level, shift, last_entry = tile_level(t, tile_ends, shifts, last_entries, LEVELS)
+    """Tile ``t`` of a packed list: its level index, each lane's KV block, row within the level, and how many lanes."""
+    level, shift, last_position = tile_level(t, tile_ends, shifts, last_positions, LEVELS)
     log2_rows = LOG2_BLOCK - level
-    position = t * BLOCK_N + shift + tl.arange(0, BLOCK_N)
-    entry = position >> log2_rows
-    valid = entry < last_entry
-    block = tl.load(list_ptr + entry, mask=valid, other=0)
+    start = t * BLOCK_N + shift
+    lanes = last_position - start
+    lane = tl.arange(0, BLOCK_N)
+    position = start + lane
+    block = tl.load(list_ptr + (position >> log2_rows), mask=lane < lanes, other=0)
     row = (block << log2_rows) + (position & ((1 << log2_rows) - 1))
-    return level, block, row, valid
+    return level, block, row, lanes
 
 
 @triton.jit
-def load_rows(base, row, valid, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows of a contiguous [rows, D] buffer: [lanes, D_PAD], zeros where not ``valid`` and beyond D."""
+def load_rows(base, row, lanes, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows of a contiguous [rows, D] buffer: [BLOCK_N, D_PAD], zeros from lane ``lanes`` on and beyond D."""
     cols = tl.arange(0, D_PAD)
     offsets = row[:, None] * D + cols[None, :]
+    valid = (tl.arange(0, BLOCK_N) < lanes)[:, None]
     if D == D_PAD:
-        return tl.load(base + offsets, mask=valid[:, None], other=0.0)
-    return tl.load(base + offsets, mask=valid[:, None] & (cols < D)[None, :], other=0.0)
+        return tl.load(base + offsets, mask=valid, other=0.0)
+    return tl.load(base + offsets, mask=valid & (cols < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -96,14 +98,15 @@ def store_queries(base, row, strides, length, value, D: tl.constexpr, D_PAD: tl.
 
 @triton.jit
 def lane_bias(
-    level, block, row, valid, bias_ptr, pair_ptr, blocks,
-    block_n: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
+    level, block, row, lanes, bias_ptr, pair_ptr, blocks,
+    block_n: tl.constexpr, BLOCK_N: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Bias of each lane's row, in units of log2: the row's own, or log2 of the level; the block pair's; -inf outside."""
+    valid = tl.arange(0, BLOCK_N) < lanes
     if ROW_BIAS:
         bias = tl.load(bias_ptr + level_offset(level, blocks, block_n) + row, mask=valid, other=-float("inf"))
     else:
-        bias = tl.where(valid, (row * 0 + level).to(tl.float32), -float("inf"))
+        bias = tl.where(valid, level.to(tl.float32), -float("inf"))
     if PAIR_BIAS:
         pair = tl.load(pair_ptr + block, mask=valid, other=0.0).to(tl.float32)
         bias += tl.where(level > 0, pair * LOG2_E, 0.0)
@@ -132,7 +135,7 @@ def count_whole(list_ptr, entries, limit, CHUNK: tl.constexpr):
 def whole_tiles(
     list_ptr, ends_ptr, last_position, length_k, CAUSAL: tl.constexpr, block_n: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Tiles at the head of the level-1 list that need no mask: no missing token, all before ``last_position``.
+    """Tiles of BLOCK_N rows at the head of the level-1 list that need no mask: no missing token, all before ``last_position``.
 
     Level-1 lists ascend, so what needs a mask comes last; the loop over pooled rows takes the rest.
     """
@@ -152,12 +155,13 @@ def whole_rows(t, list_ptr, limit, block_n: tl.constexpr, LOG2_BLOCK: tl.constex
     ``limit`` tiles exist; beyond it nothing is read (the caller asks one tile ahead).
     """
     if block_n >= BLOCK_N:
-        per_block: tl.constexpr = block_n // BLOCK_N
-        block = tl.load(list_ptr + t // per_block, mask=t < limit, other=0)
-        return block * block_n + (t % per_block) * BLOCK_N
-    position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.load(list_ptr + (position >> LOG2_BLOCK), mask=position < limit * BLOCK_N, other=0)
-    return block * block_n + (position & (block_n - 1))
+        block = tl.load(list_ptr + t * BLOCK_N // block_n, mask=t < limit, other=0)
+        first = block * block_n + t * BLOCK_N % block_n
+    else:
+        position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        block = tl.load(list_ptr + (position >> LOG2_BLOCK), mask=position < limit * BLOCK_N, other=0)
+        first = block * block_n + (position & (block_n - 1))
+    return first
 
 
 @triton.jit

@@ -9,10 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile and launch options of one kernel: query rows and pyramid rows per tile, warps, pipeline stages."""
+    """Tile and launch options of one kernel.
+
+    Attributes:
+        BLOCK_M, BLOCK_N: query rows and pyramid rows per tile; WHOLE_N: rows per tile of whole level-1 blocks.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
+    WHOLE_N: int
     num_warps: int
     num_stages: int
 
@@ -29,7 +34,7 @@ def padded(dim: int) -> int:
 def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_m: int, block_n: int) -> Launch:
     """The table: chosen from registers, shared memory and spills of the compiled kernels."""
     rows = min(128, block_m & -block_m)
-    return Launch(rows, 64, 8 if rows == 128 else 4, 2)
+    return Launch(rows, 64, 128 if rows == 128 else 64, 8 if rows == 128 else 4, 2)
 
 
 @lru_cache
