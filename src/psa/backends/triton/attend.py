@@ -11,15 +11,15 @@ from .common import (
     LN_2,
     finite_softmax_update,
     hidden_rows,
+    inside,
     lane_bias,
     level_offset,
     level_table,
-    load_queries,
     load_rows,
     load_whole,
     online_softmax_update,
+    query_tile,
     rows_of_tile,
-    store_queries,
     whole_rows,
     whole_tiles,
 )
@@ -57,7 +57,8 @@ def _psa_fwd_kernel(
     query_row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     position = query_row + length_k - length_q
     q_base = q_ptr + wide_batch * q_strides[0] + wide_head * q_strides[1]
-    q = load_queries(q_base, query_row, (q_strides[2], q_strides[3]), length_q, D, D_PAD)
+    exists = inside(tile * BLOCK_M, length_q, BLOCK_M, D, D_PAD)
+    q = tl.load(query_tile(q_base, tile * BLOCK_M, (q_strides[2], q_strides[3]), BLOCK_M, D_PAD), exists, other=0.0)
     running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
@@ -101,7 +102,8 @@ def _psa_fwd_kernel(
     out = acc / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
     lse = tl.where(running_sum > 0, (running_max + tl.log2(tl.maximum(running_sum, 1e-30))) * LN_2, -float("inf"))
     out_base = out_ptr + wide_batch * out_strides[0] + wide_head * out_strides[1]
-    store_queries(out_base, query_row, (out_strides[2], out_strides[3]), length_q, out, D, D_PAD)
+    out_tile = query_tile(out_base, tile * BLOCK_M, (out_strides[2], out_strides[3]), BLOCK_M, D_PAD)
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=exists)
     lse_row = tl.program_id(1).to(tl.int64) * length_q + query_row
     tl.store(lse_ptr + lse_row, lse, mask=query_row < length_q)
 

@@ -81,19 +81,19 @@ def load_rows(base, row, lanes, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: t
 
 
 @triton.jit
-def load_queries(base, row, strides, length, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows of one head of a strided tensor (``strides`` of rows and channels): [rows, D_PAD], zeros outside."""
-    cols = tl.arange(0, D_PAD)
-    offsets = row.to(tl.int64)[:, None] * strides[0] + cols[None, :] * strides[1]
-    return tl.load(base + offsets, mask=(row < length)[:, None] & (cols < D)[None, :], other=0.0)
+def query_tile(base, first, strides, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """Pointers [ROWS, D_PAD] to rows of one strided head; only a scalar depends on ``first``, so loops stay lean."""
+    offsets = tl.arange(0, ROWS)[:, None] * strides[0] + tl.arange(0, D_PAD)[None, :] * strides[1]
+    return base + first.to(tl.int64) * strides[0] + offsets
 
 
 @triton.jit
-def store_queries(base, row, strides, length, value, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The inverse of :func:`load_queries`."""
-    cols = tl.arange(0, D_PAD)
-    offsets = row.to(tl.int64)[:, None] * strides[0] + cols[None, :] * strides[1]
-    tl.store(base + offsets, value.to(base.dtype.element_ty), mask=(row < length)[:, None] & (cols < D)[None, :])
+def inside(first, length, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Which elements of such a tile exist: [ROWS, D_PAD]."""
+    rows = (tl.arange(0, ROWS) < length - first)[:, None]
+    if D == D_PAD:
+        return tl.broadcast_to(rows, (ROWS, D_PAD))
+    return rows & (tl.arange(0, D_PAD) < D)[None, :]
 
 
 @triton.jit
