@@ -17,22 +17,26 @@ from .transposed import tile_of_level
 
 
 @triton.jit
-def _add_ancestors(
-    grad, side, pooled_ptr, counts_ptr, token, there, blocks, rows,
-    block_n: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+def _store_tokens(
+    grad, pooled_ptr, counts_ptr, base, strides, first, length, blocks, rows, SIDE: tl.constexpr,
+    block_n: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """Adds to level-1 gradients those of the rows that each token was averaged into, divided by their counts."""
-    cols = tl.arange(0, D_PAD)
+    token = first + tl.arange(0, BLOCK_N)
+    there = token < length
+    exists = inside(first, length, BLOCK_N, D, D_PAD)
     pooled_rows = rows - blocks * block_n
-    pooled_ptr += (side.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * pooled_rows * D
-    for e in tl.static_range(1, LEVELS):
+    head = (tl.num_programs(1) * SIDE + tl.program_id(1)).to(tl.int64)
+    pooled_ptr += head * pooled_rows * D
+    for e in tl.range(1, LEVELS, num_stages=1):
         row = level_offset(e, blocks, block_n) + (token >> e)
         share = tl.exp2(-tl.load(counts_ptr + row, mask=there, other=0.0))
-        offsets = (row - blocks * block_n)[:, None] * D + cols[None, :]
-        pooled = tl.load(pooled_ptr + offsets, mask=there[:, None] & (cols < D)[None, :], other=0.0)
+        offsets = (row - blocks * block_n)[:, None] * D + tl.arange(0, D_PAD)[None, :]
+        pooled = tl.load(pooled_ptr + offsets, mask=exists, other=0.0)
         grad += pooled * tl.where(share == float("inf"), 0.0, share)[:, None]
     real = tl.load(counts_ptr + token, mask=there, other=-float("inf")) == 0.0
-    return tl.where(real[:, None], grad, 0.0)
+    grad = tl.where(real[:, None], grad, 0.0)
+    tl.store(query_tile(base, first, strides, BLOCK_N, D_PAD), grad.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -123,17 +127,14 @@ def _psa_bwd_dkv_kernel(
         tl.store(pooled_ptr + side + offsets, grad_values, mask=stored)
     else:
         counts_ptr += wide_batch * counts_stride
-        grad_keys = _add_ancestors(
-            grad_keys, tl.program_id(1) * 0, pooled_ptr, counts_ptr, row, there, blocks, rows, block_n, LEVELS, D, D_PAD
-        )
-        grad_values = _add_ancestors(
-            grad_values, tl.program_id(1) * 0 + 1, pooled_ptr, counts_ptr, row, there, blocks, rows, block_n, LEVELS,
-            D, D_PAD,
-        )  # fmt: skip
-        stored = inside(place * BLOCK_N, length_k, BLOCK_N, D, D_PAD)
+        token = place * BLOCK_N
         k_base = grad_k_ptr + wide_batch * grad_k_strides[0] + kv_head.to(tl.int64) * grad_k_strides[1]
         v_base = grad_v_ptr + wide_batch * grad_v_strides[0] + kv_head.to(tl.int64) * grad_v_strides[1]
-        k_tile = query_tile(k_base, place * BLOCK_N, (grad_k_strides[2], grad_k_strides[3]), BLOCK_N, D_PAD)
-        v_tile = query_tile(v_base, place * BLOCK_N, (grad_v_strides[2], grad_v_strides[3]), BLOCK_N, D_PAD)
-        tl.store(k_tile, grad_keys.to(grad_k_ptr.dtype.element_ty), mask=stored)
-        tl.store(v_tile, grad_values.to(grad_v_ptr.dtype.element_ty), mask=stored)
+        _store_tokens(
+            grad_keys, pooled_ptr, counts_ptr, k_base, (grad_k_strides[2], grad_k_strides[3]),
+            token, length_k, blocks, rows, 0, block_n, BLOCK_N, LEVELS, D, D_PAD,
+        )  # fmt: skip
+        _store_tokens(
+            grad_values, pooled_ptr, counts_ptr, v_base, (grad_v_strides[2], grad_v_strides[3]),
+            token, length_k, blocks, rows, 1, block_n, BLOCK_N, LEVELS, D, D_PAD,
+        )  # fmt: skip
