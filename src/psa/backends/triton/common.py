@@ -6,11 +6,26 @@ starts every level at a tile boundary, so that a tile's level is one scalar and 
 instructions; inside a level, blocks follow each other without a gap, however few rows each has.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))
+
+
+@triton.jit
+def computed_once(x):
+    """The same values; keeps the compiler from recomputing them in every layout that uses them.
+
+    A matrix fragment's column vector is replicated over 8 threads of each warp: recomputing a lane's index chain there
+    costs 16 copies of it per thread, where moving the result costs two instructions.
+    """
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -110,13 +125,15 @@ def lane_bias(
     if PAIR_BIAS:
         pair = tl.load(pair_ptr + block, mask=valid, other=0.0).to(tl.float32)
         bias += tl.where(level > 0, pair * LOG2_E, 0.0)
+    if ROW_BIAS or PAIR_BIAS:
+        bias = computed_once(bias)
     return bias
 
 
 @triton.jit
 def hidden_rows(level, row, position, length_k):
     """Causal rule: [queries, lanes], True where a row's last real token lies after the query's position."""
-    last_token = tl.minimum((row + 1) << level, length_k) - 1
+    last_token = computed_once(tl.minimum((row + 1) << level, length_k) - 1)
     return last_token[None, :] > position[:, None]
 
 
