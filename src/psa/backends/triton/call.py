@@ -10,7 +10,7 @@ from ...config import MAX_LEVEL
 from ..base import Selection
 from .pool import Pyramid, build_pyramid
 from .schedule import build_schedule
-from .tune import Launch, launch_for, padded
+from .tune import Launch, has_extras, launch_for, padded
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Call:
         }
 
     def launch(self, kernel: str) -> Launch:
-        return launch_for(kernel, self.q, self.selection.block_m, self.selection.block_n)
+        return launch_for(kernel, self.q, self.selection.block_m, has_extras(kernel, self.constants()))
 
 
 def broadcast_strides(x: Tensor, unit: int = 1) -> tuple[int, int]:

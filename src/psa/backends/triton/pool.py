@@ -41,6 +41,12 @@ def _halve(x, ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def _halve_line(x, ROWS: tl.constexpr):
+    """Sums of neighbours: [ROWS] -> [ROWS / 2]."""
+    return tl.sum(tl.reshape(x, (ROWS // 2, 2)), axis=1)
+
+
+@triton.jit
 def _load_tokens(base, token, real, strides, D: tl.constexpr, D_PAD: tl.constexpr):
     cols = tl.arange(0, D_PAD)
     offsets = token.to(tl.int64)[:, None] * strides[0] + cols[None, :] * strides[1]
@@ -65,6 +71,56 @@ def _cosine(base, first, last, length, strides, D: tl.constexpr, D_PAD: tl.const
 
 
 @triton.jit
+def _pool_side(
+    x_ptr, rows_ptr, token, real, strides, chunk, blocks, D: tl.constexpr, D_PAD: tl.constexpr,
+    block_n: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Means of TOKENS tokens of K or V at every level; sums of 2h tokens come from sums of h, in float32."""
+    sums = _load_tokens(x_ptr, token, real, strides, D, D_PAD)
+    counts = real.to(tl.float32)
+    for e in tl.static_range(LEVELS):
+        if e > 0:
+            sums = _halve(sums, TOKENS >> (e - 1), D_PAD)
+            counts = _halve_line(counts, TOKENS >> (e - 1))
+        row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+        _store_rows(rows_ptr, row, sums / tl.maximum(counts, 1.0)[:, None], D, D_PAD)
+
+
+@triton.jit
+def _log_counts(counts):
+    return tl.where(counts > 0, tl.log2(tl.maximum(counts, 1.0)), -float("inf"))
+
+
+@triton.jit
+def _variance_bias(
+    k_ptr, bias_ptr, token, real, strides, power, cap, half_scale_squared, chunk, blocks, D: tl.constexpr,
+    D_PAD: tl.constexpr, block_n: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """The bias of every row for one query head: log2 of the count plus the capped variance term (METHOD §4b).
+
+    ``Σ_d w_d σ²_{g,d} = mean_g(Σ_d w_d y_d²) - Σ_d w_d mean_g(y_d)²`` with y the keys less the mean of all tokens here,
+    which keeps the difference from cancelling.
+    """
+    keys = _load_tokens(k_ptr, token, real, strides, D, D_PAD)
+    counts = real.to(tl.float32)
+    centre = tl.sum(keys, 0) / tl.maximum(tl.sum(counts, 0), 1.0)
+    sums = tl.where(real[:, None], keys - centre[None, :], 0.0)
+    squares = tl.sum(sums * sums * power[None, :], 1)
+    for e in tl.static_range(LEVELS):
+        row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+        bias = _log_counts(counts)
+        if e > 0:
+            sums = _halve(sums, TOKENS >> (e - 1), D_PAD)
+            counts = _halve_line(counts, TOKENS >> (e - 1))
+            squares = _halve_line(squares, TOKENS >> (e - 1))
+            some = tl.maximum(counts, 1.0)
+            means = sums / some[:, None]
+            spread = squares / some - tl.sum(means * means * power[None, :], 1)
+            bias = _log_counts(counts) + tl.minimum(half_scale_squared * tl.maximum(spread, 0.0), cap) * LOG2_E
+        tl.store(bias_ptr + row, bias)
+
+
+@triton.jit
 def _pool_kernel(
     k_ptr, v_ptr, mask_ptr, power_ptr, cap_ptr, keys_ptr, values_ptr, counts_ptr, bias_ptr, similarity_ptr,
     k_strides, v_strides, mask_stride, power_strides, cap_strides,
@@ -72,72 +128,59 @@ def _pool_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, block_n: tl.constexpr, TOKENS: tl.constexpr,
     LEVELS: tl.constexpr, HAS_MASK: tl.constexpr, VARIANCE: tl.constexpr, SIMILARITY: tl.constexpr,
 ):  # fmt: skip
-    """One program per TOKENS tokens of one KV head: K, then V. Grid (tokens / TOKENS, B * Hkv).
-
-    Means of 2h tokens come from sums over h, variances from those of the halves (Chan et al. 1983), in float32.
-    """
+    """One program per TOKENS tokens of one KV head: K, then V, then biases. Grid (tokens / TOKENS, B * Hkv)."""
     chunk = tl.program_id(0)
     head = tl.program_id(1) % heads
-    batch = tl.program_id(1) // heads
-    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
     k_ptr += wide_batch * k_strides[0] + wide_head * k_strides[1]
     v_ptr += wide_batch * v_strides[0] + wide_head * v_strides[1]
-    base = tl.program_id(1).to(tl.int64) * rows
-    keys_ptr += base * D
-    values_ptr += base * D
-    cols = tl.arange(0, D_PAD)
-
+    token_strides = (k_strides[2], k_strides[3])
+    base = tl.program_id(1).to(tl.int64) * rows * D
     token = chunk * TOKENS + tl.arange(0, TOKENS)
     real = token < length
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + wide_batch * mask_stride + token, mask=real, other=0) != 0)
-    sums = _load_tokens(k_ptr, token, real, (k_strides[2], k_strides[3]), D, D_PAD)
-    value_sums = _load_tokens(v_ptr, token, real, (v_strides[2], v_strides[3]), D, D_PAD)
-    counts = real.to(tl.float32)
-    spread = tl.zeros((TOKENS, D_PAD), tl.float32)
-    means = sums
+    _pool_side(
+        k_ptr, keys_ptr + base, token, real, token_strides, chunk, blocks, D, D_PAD, block_n, TOKENS, LEVELS
+    )
+    _pool_side(
+        v_ptr, values_ptr + base, token, real, (v_strides[2], v_strides[3]), chunk, blocks, D, D_PAD, block_n, TOKENS,
+        LEVELS,
+    )  # fmt: skip
     if HAS_MASK:
         counts_ptr += wide_batch * rows
         owns_counts = head == 0
     else:
         owns_counts = tl.program_id(1) == 0
-    for e in tl.static_range(LEVELS):
-        GROUPS: tl.constexpr = TOKENS >> e
-        row = level_offset(e, blocks, block_n) + chunk * GROUPS + tl.arange(0, GROUPS)
-        if e > 0:
-            child_means, child_counts = means, counts
-            sums = _halve(sums, 2 * GROUPS, D_PAD)
-            value_sums = _halve(value_sums, 2 * GROUPS, D_PAD)
-            counts = tl.sum(tl.reshape(counts, (GROUPS, 2)), axis=1)
-            means = sums / tl.maximum(counts, 1.0)[:, None]
-            if VARIANCE:
-                parent = tl.reshape(tl.broadcast_to(means[:, None, :], (GROUPS, 2, D_PAD)), (2 * GROUPS, D_PAD))
-                shift = child_means - parent
-                spread = _halve(spread + child_counts[:, None] * shift * shift, 2 * GROUPS, D_PAD)
-        _store_rows(keys_ptr, row, means, D, D_PAD)
-        _store_rows(values_ptr, row, value_sums / tl.maximum(counts, 1.0)[:, None], D, D_PAD)
-        log_count = tl.where(counts > 0, tl.log2(tl.maximum(counts, 1.0)), -float("inf"))
-        if owns_counts:
-            tl.store(counts_ptr + row, log_count)
-        if VARIANCE:
-            variances = spread / tl.maximum(counts, 1.0)[:, None]
-            for g in range(GROUP):
-                query_head = wide_head * GROUP + g
-                power_base = power_ptr + wide_batch * power_strides[0] + query_head * power_strides[1]
-                power = tl.load(power_base + cols * power_strides[2], mask=cols < D, other=0.0)
-                cap = tl.load(cap_ptr + wide_batch * cap_strides[0] + query_head * cap_strides[1])
-                correction = half_scale_squared * tl.sum(variances * power[None, :], 1)
-                if e > 0:
-                    log_bias = log_count + tl.minimum(correction, cap) * LOG2_E
-                else:
-                    log_bias = log_count
-                tl.store(bias_ptr + (wide_batch * heads * GROUP + query_head) * rows + row, log_bias)
+    if owns_counts:
+        counts = real.to(tl.float32)
+        for e in tl.static_range(LEVELS):
+            if e > 0:
+                counts = _halve_line(counts, TOKENS >> (e - 1))
+            row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+            tl.store(counts_ptr + row, _log_counts(counts))
+    if VARIANCE:
+        cols = tl.arange(0, D_PAD)
+        for g in range(GROUP):
+            query_head = wide_head * GROUP + g
+            power_base = power_ptr + wide_batch * power_strides[0] + query_head * power_strides[1]
+            power = tl.load(power_base + cols * power_strides[2], mask=cols < D, other=0.0)
+            cap = tl.load(cap_ptr + wide_batch * cap_strides[0] + query_head * cap_strides[1])
+            _variance_bias(
+                k_ptr, bias_ptr + (wide_batch * heads * GROUP + query_head) * rows, token, real, token_strides, power,
+                cap, half_scale_squared, chunk, blocks, D, D_PAD, block_n, TOKENS, LEVELS,
+            )  # fmt: skip
     if SIMILARITY:
         at = similarity_ptr + (tl.program_id(1).to(tl.int64) * blocks + chunk) * 3
         for e in tl.static_range(1, 4):
             first = chunk * TOKENS + (tl.arange(0, TOKENS >> e) << e)
-            cosine = _cosine(k_ptr, first, first + (1 << e) - 1, length, (k_strides[2], k_strides[3]), D, D_PAD)
+            cosine = _cosine(k_ptr, first, first + (1 << e) - 1, length, token_strides, D, D_PAD)
             tl.store(at + e - 1, cosine)
+
+
+def pool_warps(tokens: int, wide: int) -> int:
+    """Warps that leave a thread 32 elements of a tile."""
+    return min(8 if wide <= 128 else 16, max(4, tokens * wide // 1024))
 
 
 def build_pyramid(
@@ -180,7 +223,7 @@ def build_pyramid(
         heads, length, blocks, rows, 0.5 * scale * scale,
         GROUP=group, D=dim, D_PAD=wide, block_n=block_n, TOKENS=tokens, LEVELS=levels,
         HAS_MASK=key_mask is not None, VARIANCE=query_power is not None, SIMILARITY=similarity,
-        num_warps=4 if tokens * wide <= 8192 else 8,
+        num_warps=pool_warps(tokens, wide),
     )  # fmt: skip
     return Pyramid(length, keys, values, counts, bias, cosines)
 
