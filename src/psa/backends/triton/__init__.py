@@ -1,8 +1,8 @@
 """The GPU backend: Triton kernels for every option of the method. Importing this package never needs Triton.
 
-    pool → every level of K and V, in one launch
-    schedule → each query block's list, in one launch
-    forward, backward → attention over the listed rows, and its gradients
+pool → every level of K and V, in one launch
+schedule → each query block's list, in one launch
+forward, backward → attention over the listed rows, and its gradients
 """
 
 import os

@@ -106,7 +106,7 @@ def _spreads(
     spreads = ()
     for e in tl.static_range(LEVELS):
         spreads = spreads + (tl.zeros((TOKENS >> e,), tl.float32),)  # noqa: RUF005 - Triton has no starred tuples
-    for part in tl.static_range(D_PAD // COLS):
+    for part in tl.range(D_PAD // COLS, num_stages=1):
         col = part * COLS + tl.arange(0, COLS)
         power = tl.load(power_ptr + col * power_stride, mask=col < D, other=0.0)
         counts = real.to(tl.float32)
@@ -152,9 +152,7 @@ def _pool_kernel(
     real = token < length
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + wide_batch * mask_stride + token, mask=real, other=0) != 0)
-    _pool_side(
-        k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS
-    )
+    _pool_side(k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS)
     _pool_side(
         v_ptr, values_ptr + base, token, real, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
         TOKENS, LEVELS,
