@@ -1,0 +1,356 @@
+"""From importance to levels and their schedule, one program per row and no sort (METHOD §3, §4a)."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import PSAConfig
+from ...pyramid import group_means
+from .budget import solve
+from .importance import importance
+from .schedule import list_blocks
+from .score import RowRules, encode_shares, is_pinned, level_exponent, level_indices, row_rules, visible_blocks
+
+LARGEST_ROW = 65536
+FIXED = tl.constexpr(2.0**52)
+
+
+@triton.jit
+def _normalised(weight, visible):
+    """As :func:`psa.allocate.normalise`: a row that sums to one over ``visible``; all-zero rows become uniform."""
+    # NaN counts as nothing, infinity as the largest number.
+    weight = tl.where(visible & (weight > 0), tl.minimum(weight, 3.4028234663852886e38), 0.0)
+    peak = tl.max(weight, axis=0)
+    weight = tl.where(peak > 0, weight / tl.maximum(peak, 1.1754943508222875e-38), visible.to(tl.float32))
+    return weight / tl.maximum(tl.sum(weight, axis=0), 1.1754943508222875e-38)
+
+
+@triton.jit
+def _largest(key, count):
+    """The ``count`` largest keys (int32, -1 for absent), equal ones in the order of their index: bool [N]."""
+    threshold = 0
+    for step in range(31):
+        attempt = threshold | (0x40000000 >> step)
+        enough = tl.sum((key >= attempt).to(tl.int32)) >= count
+        threshold = tl.where(enough, attempt, threshold)
+    above = key > threshold
+    equal = (key == threshold).to(tl.int32)
+    room = count - tl.sum(above.to(tl.int32))
+    return (above | ((equal != 0) & (tl.cumsum(equal, 0) <= room))) & (count > 0)
+
+
+@triton.jit
+def _within(key, share, bound):
+    """How many leading terms of the descending row have a cumulative share of at most ``bound``.
+
+    Sums are integers (shares times 2**52): exact, and independent of the order.
+    """
+    amount = (share.to(tl.float64) * FIXED).to(tl.int64)
+    # The smallest threshold whose keys, all together, are still within the bound.
+    threshold = 0
+    for step in range(31):
+        attempt = threshold | (0x40000000 >> step)
+        total = tl.sum(tl.where(key >= attempt, amount, 0))
+        threshold = tl.where(total.to(tl.float32) * (1.0 / FIXED) > bound, attempt, threshold)
+    total = tl.sum(tl.where(key > threshold, amount, 0))
+    equal = tl.sum((key == threshold).to(tl.int32))
+    each = tl.max(tl.where(key == threshold, amount, 0))
+    more = 0
+    for step in range(17):
+        attempt = more + (0x10000 >> step)
+        fits = (total + each * attempt).to(tl.float32) * (1.0 / FIXED) <= bound
+        more = tl.where(fits & (attempt <= equal), attempt, more)
+    return tl.sum((key > threshold).to(tl.int32)) + more
+
+
+@triton.jit
+def _rank_indices(
+    share, visible, seen, EXPONENTS: tl.constexpr, BOUNDS: tl.constexpr, INTERVALS: tl.constexpr, CUMULATIVE: tl.constexpr
+):
+    """Level indices by rank in the descending row: topk quotas or cumulative thresholds; 8 for what is left over."""
+    key = tl.where(visible, share.to(tl.int32, bitcast=True), -1)
+    index = tl.full(key.shape, 8, tl.int32)
+    end = 0
+    for i in tl.static_range(INTERVALS):
+        start = end
+        if CUMULATIVE:
+            within = _within(key, share, BOUNDS[i] + 1e-6)
+            end = tl.where(within > 0, tl.minimum(within + 1, seen), start)
+            if EXPONENTS[i] == 0:
+                least = tl.floor(seen.to(tl.float64) * tl.full((), 0.06, tl.float64)).to(tl.int32) + 1
+                end = tl.maximum(end, tl.minimum(least, seen))
+        else:
+            end = tl.floor(seen.to(tl.float64) * tl.full((), BOUNDS[i], tl.float64)).to(tl.int32)
+        end = tl.maximum(end, start)
+        index = tl.where((index == 8) & _largest(key, end), EXPONENTS[i], index)
+    return index
+
+
+@triton.jit
+def _encode_kernel(
+    importance_ptr,
+    keys_ptr,
+    first_real_ptr,
+    strides: tl.constexpr,
+    heads,
+    length_q,
+    length_k,
+    blocks_m,
+    blocks_n,
+    text_length,
+    exponent,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEXT_FIRST: tl.constexpr,
+):
+    """Proportional mode on given importance: the keys that :mod:`.importance` writes on its own."""
+    m = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // heads, line % heads
+    n = tl.arange(0, WIDTH)
+    source = importance_ptr + batch * strides[0] + head * strides[1] + m.to(tl.int64) * strides[2]
+    weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
+    seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
+    key = encode_shares(
+        _normalised(weight, n < seen),
+        n >= 0,
+        head,
+        m,
+        n,
+        tl.load(first_real_ptr + batch) if MASKED else 0,
+        length_q,
+        length_k,
+        blocks_m,
+        blocks_n,
+        text_length,
+        exponent,
+        BLOCK_M,
+        BLOCK_N,
+        CAUSAL,
+        TEXT_FIRST,
+    )
+    tl.store(keys_ptr + (line * blocks_m + m) * blocks_n + n, key, mask=n < blocks_n)
+
+
+@triton.jit
+def _select_kernel(
+    source_ptr,
+    log_tau_ptr,
+    caps_ptr,
+    first_real_ptr,
+    levels_ptr,
+    blocks_ptr,
+    ends_ptr,
+    strides: tl.constexpr,
+    heads,
+    length_q,
+    length_k,
+    blocks_m,
+    blocks_n,
+    text_length,
+    fixed_log_tau,
+    GROUPS: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    MODE: tl.constexpr,
+    COARSEST: tl.constexpr,
+    KEEP_ALL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SOLVED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEXT_FIRST: tl.constexpr,
+):
+    """Levels and schedule of one row: from keys and log_tau (proportional), or from importance (the ranked modes)."""
+    m = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // heads, line % heads
+    n = tl.arange(0, WIDTH)
+    seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
+    visible = n < seen
+    source = source_ptr + batch * strides[0] + head * strides[1] + m.to(tl.int64) * strides[2]
+    cap = tl.full((WIDTH,), 7, tl.int32)
+    if CAPPED:
+        kv_line = batch * (heads // GROUPS) + head // GROUPS
+        cap = tl.load(caps_ptr + kv_line * blocks_n + n, mask=n < blocks_n, other=7).to(tl.int32)
+    if MODE == "proportional":
+        key = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=float("inf"))
+        log_tau = tl.load(log_tau_ptr + line) if SOLVED else fixed_log_tau
+        index = level_indices(key, log_tau, cap, COARSEST, KEEP_ALL)
+    else:
+        weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
+        share = _normalised(weight, visible)
+        index = _rank_indices(share, visible, seen, EXPONENTS, BOUNDS, INTERVALS, MODE == "thresholdbound")
+        index = tl.where(index == 8, 8, tl.minimum(index, cap))
+        first_real = tl.load(first_real_ptr + batch) if MASKED else 0
+        pinned = is_pinned(
+            m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST
+        )
+        index = tl.where(visible, tl.where(pinned, 0, index), 8)
+    row = line * blocks_m + m
+    level = tl.where(index == 8, 0, 1 << tl.minimum(index, 7))
+    tl.store(levels_ptr + row * blocks_n + n, level.to(tl.uint8), mask=n < blocks_n)
+    list_blocks(index, n, blocks_ptr + row * blocks_n, ends_ptr + row * (COARSEST + 1), n < blocks_n, COARSEST + 1)
+
+
+def _row_warps(width: int) -> int:
+    return min(16, max(1, width // 512))
+
+
+def allocate(
+    source: Tensor,
+    config: PSAConfig,
+    rules: RowRules,
+    lengths: tuple[int, int],
+    *,
+    encoded: bool = False,
+    caps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels (uint8 [B, H, M, N]) and their schedule, as :func:`psa.allocate.allocate_levels` gives them.
+
+    Args:
+        source: [B, H, M, N], importance (any strides); or, ``encoded``, keys of proportional mode.
+        lengths: tokens of q and of k.
+        caps: uint8 [B, Hkv, N] from :func:`psa.similarity_cap`.
+    """
+    batch, heads, blocks_m, blocks_n = source.shape
+    width = max(16, triton.next_power_of_2(blocks_n))
+    first_real = rules.first_real if rules.first_real is not None else source
+    geometry = {"BLOCK_M": rules.block_m, "BLOCK_N": rules.block_n, "CAUSAL": rules.is_causal}
+    pins = {"MASKED": rules.first_real is not None, "TEXT_FIRST": rules.text_first}
+    grid = (blocks_m, batch * heads)
+    sizes = (heads, *lengths, blocks_m, blocks_n)
+    if caps is not None:
+        caps = _cap_indices(caps)
+    log_tau = None
+    if config.mask_mode == "proportional":
+        if not encoded:
+            keys = torch.empty(source.shape, dtype=torch.float32, device=source.device)
+            _encode_kernel[grid](
+                source, keys, first_real, source.stride(), *sizes, rules.text_length, float(config.exponent),
+                WIDTH=width, num_warps=_row_warps(width), **geometry, **pins,
+            )  # fmt: skip
+            source = keys
+        if config.density is not None:
+            log_tau = solve(
+                source,
+                config.density,
+                exponent=config.exponent,
+                lengths=lengths,
+                block_m=rules.block_m,
+                block_n=rules.block_n,
+                is_causal=rules.is_causal,
+                keep_all=config.keep_all,
+                share_heads=config.share_heads,
+                caps=caps,
+            )
+    count = level_exponent(rules.block_n) + 1
+    levels = torch.empty(source.shape, dtype=torch.uint8, device=source.device)
+    blocks = torch.empty(source.shape, dtype=torch.int32, device=source.device)
+    ends = torch.empty(*source.shape[:3], count, dtype=torch.int32, device=source.device)
+    intervals = [(level.bit_length() - 1, bound) for level, (_, bound) in (config.mask_ratios or {}).items() if level]
+    _select_kernel[grid](
+        source,
+        log_tau if log_tau is not None else source,
+        caps if caps is not None else levels,
+        first_real,
+        levels,
+        blocks,
+        ends,
+        source.stride(),
+        *sizes,
+        rules.text_length,
+        0.0 if config.tau is None else math.log2(config.tau),
+        GROUPS=heads // caps.shape[1] if caps is not None else 1,
+        EXPONENTS=tuple(exponent for exponent, _ in intervals),
+        BOUNDS=tuple(bound for _, bound in intervals),
+        INTERVALS=len(intervals),
+        MODE=config.mask_mode,
+        COARSEST=count - 1,
+        KEEP_ALL=config.keep_all,
+        CAPPED=caps is not None,
+        SOLVED=log_tau is not None,
+        WIDTH=width,
+        num_warps=_row_warps(width),
+        **geometry,
+        **pins,
+    )
+    return levels, blocks, ends
+
+
+def _cap_indices(caps: Tensor) -> Tensor:
+    """log2 of caps in {1, 2, 4, 8}: uint8."""
+    return (caps > 1).to(torch.uint8) + (caps > 2) + (caps > 4)
+
+
+def unsupported_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
+    """Why these kernels cannot plan a call; empty when they can."""
+    reasons = []
+    if config.type == "psa" and config.importance != "pooled":
+        reasons.append(f"importance {config.importance!r} has no kernel (only 'pooled')")
+    if config.bias == "measured":
+        reasons.append("the measured bias has no kernel")
+    if -(-k.shape[2] // config.block_n) > LARGEST_ROW:
+        reasons.append(f"more than {LARGEST_ROW} KV blocks")
+    if q.dtype == torch.float64:
+        reasons.append("float64")
+    if q.shape[-1] > 256:
+        reasons.append(f"head_dim {q.shape[-1]} is above 256")
+    return reasons
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    text_length: int = 0,
+    text_position: str = "last",
+    key_mask: Tensor | None = None,
+    given: Tensor | None = None,
+    pooled_k: Tensor | None = None,
+    caps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 3 and 4 on reordered tokens: levels uint8 [B, H, M, N], and their schedule (blocks, ends).
+
+    No host sync; at most three launches beside pooling (importance, budget, selection).
+
+    Args:
+        q: [B, H, Lq, D]; k: [B, Hkv, Lk, D].
+        given: [1|B, 1|H, M, N], importance to use instead of the pooled estimate.
+        pooled_k: [B, Hkv, ceil(Lk / importance_cols), D], the pyramid's rows of that level, where they exist already.
+        caps: uint8 [B, Hkv, N] from :func:`psa.similarity_cap`.
+    """
+    rules = row_rules(config.block_m, config.block_n, is_causal, text_length, text_position, key_mask)
+    lengths = (q.shape[2], k.shape[2])
+    if given is not None:
+        blocks = (-(-lengths[0] // config.block_m), -(-lengths[1] // config.block_n))
+        source = given.expand(q.shape[0], q.shape[1], *blocks)
+        return allocate(source, config, rules, lengths, caps=caps)
+    encode = config.exponent if config.mask_mode == "proportional" else None
+    if pooled_k is None:
+        pooled_k = group_means(k.float(), config.importance_cols, key_mask).to(k.dtype)
+    source = importance(
+        q,
+        pooled_k,
+        lengths[1],
+        rules,
+        rows=config.importance_rows,
+        cols=config.importance_cols,
+        scale=scale,
+        key_mask=key_mask,
+        encode=encode,
+    )
+    return allocate(source, config, rules, lengths, encoded=encode is not None, caps=caps)
