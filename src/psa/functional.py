@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import choose, load
+from .backends import reference
 from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .plan import Plan
@@ -111,7 +111,7 @@ def make_plan(
 
     Args:
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
-        state: centroids carried from call to call (semantic and hybrid orders).
+        state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
     """
     q, k = _autocast(q, k)
     check_tensors(q, k, None, enable_gqa)
@@ -119,9 +119,9 @@ def make_plan(
     scale = check_scale(scale, q.shape[-1])
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
-    permutation = None
+    permutation = next_state = None
     if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
-        permutation = _permutation(q, k, settings, grid, text_length, text_position, state)
+        permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
     mask_in_order = key_mask
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
@@ -146,6 +146,7 @@ def make_plan(
         key_mask=key_mask,
         config=settings,
         text=(text_length, text_position),
+        reorder_state=next_state,
     )
 
 
@@ -180,9 +181,8 @@ def attend(
         out, lse = q * 0.0, (q.sum(-1) * 0.0).float() - torch.inf
     else:
         selection = plan.selection(scale, is_causal)
-        name = choose(backend, q, k, v, selection)
-        if name == "reference":
-            out, lse = load(name).forward(q, k, v, selection)
+        if backend == "reference":
+            out, lse = reference.forward(q, k, v, selection)
         else:
             out, lse = ops.attend(
                 q,
@@ -197,7 +197,7 @@ def attend(
                 selection.block_n,
                 scale,
                 is_causal,
-                name,
+                backend,
             )
     if order is not None:
         out = order.restore_q(out)
@@ -235,6 +235,10 @@ def resolve_config(config: PSAConfig | None, density: float | None) -> PSAConfig
         raise ConfigError(f"config: expected a PSAConfig, got {type(config).__name__}; see psa.PSAConfig.from_dict")
     if density is None:
         return config if config is not None else _DEFAULT
+    if torch.compiler.is_compiling():
+        from .compiled import constant_config
+
+        return constant_config((config or _DEFAULT).key, density)
     return (config or _DEFAULT).replace(density=density)
 
 
@@ -353,14 +357,10 @@ def _permutation(
     grid: Grid | None,
     text_length: int,
     text_position: str,
+    key_mask: Tensor | None,
     state: SemanticState | None,
-) -> Permutation:
-    if torch.compiler.is_compiling() and grid is not None and config.rearrange_method in ("Gilbert", "tile"):
-        order = ops.token_order(
-            q, config.rearrange_method, list(grid), text_length, text_position, list(config.tile_size)
-        )
-        return Permutation(order, order)
-    permutation, _ = reorder(
+) -> tuple[Permutation, SemanticState | None]:
+    return reorder(
         config.rearrange_method,
         q,
         k,
@@ -369,14 +369,14 @@ def _permutation(
         text_position=text_position,
         tile_size=config.tile_size,
         state=state,
+        key_mask=key_mask,
     )
-    return permutation
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to the inputs of ``scaled_dot_product_attention``."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)
