@@ -1,6 +1,89 @@
-def device_reasons():
-    return ["not here yet"]
+"""The GPU backend: Triton kernels for every option of the method. Importing this package never needs Triton.
+
+    pool → every level of K and V, in one launch
+    schedule → each query block's list, in one launch
+    forward, backward → attention over the listed rows, and its gradients
+"""
+
+import os
+import re
+from functools import lru_cache
+from importlib import metadata, util
+
+import torch
+from torch import Tensor
+
+from ..base import Selection
+
+OLDEST = (3, 4)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unsupported_reasons(q, k, v, selection):
-    return device_reasons()
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as in tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@lru_cache
+def _package_reasons() -> tuple[str, ...]:
+    if util.find_spec("triton") is None:
+        return ("Triton is not installed (pip install triton; it comes with PyTorch for CUDA)",)
+    version = metadata.version("triton")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return (f"Triton {version} is too old; {OLDEST[0]}.{OLDEST[1]} or newer is needed",)
+    return ()
+
+
+def device_reasons() -> list[str]:
+    """Why this machine cannot run the kernels; empty where it can."""
+    reasons = list(_package_reasons())
+    if not torch.cuda.is_available() and not interpreted():
+        reasons.append("PyTorch sees no CUDA device")
+    return reasons
+
+
+def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> list[str]:
+    """Why this call cannot be served; empty where it can."""
+    reasons = list(_package_reasons())
+    if not q.is_cuda and not interpreted():
+        reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
+    if not (q.dtype == k.dtype == v.dtype):
+        reasons.append(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[-1] > 256:
+        reasons.append(f"head dimension {q.shape[-1]} is above 256")
+    if v.shape[-1] != q.shape[-1]:
+        reasons.append(f"q and v must share a head dimension, got {q.shape[-1]} and {v.shape[-1]}")
+    if selection.block_m % 16:
+        reasons.append(f"block_m {selection.block_m} is not a multiple of 16")
+    if selection.block_n < 16 or selection.block_n & (selection.block_n - 1):
+        reasons.append(f"block_n {selection.block_n} is not a power of two from 16 on")
+    if selection.scale <= 0:
+        reasons.append(f"scale {selection.scale} is not positive")
+    if 2 * (k.shape[-2] + selection.block_n) * k.shape[-1] >= 2**31:
+        reasons.append(f"{k.shape[-2]} tokens of {k.shape[-1]} channels pass 2**30 elements in one head")
+    return reasons
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq] (natural log)."""
+    from .attend import forward as run
+
+    return run(q, k, v, selection)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: Selection,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v. Deterministic: no atomics."""
+    from .gradients import backward as run
+
+    return run(grad_out, grad_lse, q, k, v, out, lse, selection)

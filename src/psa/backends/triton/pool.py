@@ -1,0 +1,233 @@
+"""One pass over K and V: every level of the pyramid, the bias of each row, and how alike neighbouring keys are."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import MAX_LEVEL
+from .common import LOG2_E, level_offset
+from .tune import padded
+
+SIMILARITIES = 3
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """K and V at every level, level-major, whole blocks (see :mod:`.common`).
+
+    Attributes:
+        length: tokens, as k had them.
+        keys, values: [B, Hkv, R, D], contiguous, dtype of k.
+        counts: float32 [1|B, R], log2 of each row's number of real tokens; -inf where there are none.
+        bias: float32 [1|B, 1|H, R], all of a row's bias in units of log2; ``counts`` itself where nothing is added.
+        similarity: float32 [B, Hkv, N, 3], mean cosines c2, c4, c8 (METHOD §3), or None.
+    """
+
+    length: int
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+    bias: Tensor
+    similarity: Tensor | None
+
+
+@triton.jit
+def _halve(x, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """Sums of neighbouring rows: [ROWS, D_PAD] -> [ROWS / 2, D_PAD]."""
+    return tl.sum(tl.reshape(x, (ROWS // 2, 2, D_PAD)), axis=1)
+
+
+@triton.jit
+def _halve_line(x, ROWS: tl.constexpr):
+    """Sums of neighbours: [ROWS] -> [ROWS / 2]."""
+    return tl.sum(tl.reshape(x, (ROWS // 2, 2)), axis=1)
+
+
+@triton.jit
+def _load_tokens(base, token, real, strides, D: tl.constexpr, D_PAD: tl.constexpr):
+    cols = tl.arange(0, D_PAD)
+    offsets = token.to(tl.int64)[:, None] * strides[0] + cols[None, :] * strides[1]
+    return tl.load(base + offsets, mask=real[:, None] & (cols < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(base, row, x, D: tl.constexpr, D_PAD: tl.constexpr):
+    cols = tl.arange(0, D_PAD)
+    offsets = row[:, None] * D + cols[None, :]
+    tl.store(base + offsets, x.to(base.dtype.element_ty), mask=tl.broadcast_to((cols < D)[None, :], offsets.shape))
+
+
+@triton.jit
+def _cosine(base, first, last, length, strides, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Mean cosine of token pairs; a short last block is completed by repeating its last token."""
+    a = _load_tokens(base, tl.minimum(first, length - 1), first >= 0, strides, D, D_PAD)
+    b = _load_tokens(base, tl.minimum(last, length - 1), last >= 0, strides, D, D_PAD)
+    norms = tl.sqrt(tl.sum(a * a, 1)) * tl.sqrt(tl.sum(b * b, 1))
+    cosines = tl.sum(a * b, 1) / tl.maximum(norms, 1e-20)
+    return tl.sum(cosines) / first.shape[0]
+
+
+@triton.jit
+def _pool_side(
+    x_ptr, rows_ptr, token, real, strides, chunk, blocks, D: tl.constexpr, D_PAD: tl.constexpr,
+    block_n: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Means of TOKENS tokens of K or V at every level; sums of 2h tokens come from sums of h, in float32."""
+    sums = _load_tokens(x_ptr, token, real, strides, D, D_PAD)
+    counts = real.to(tl.float32)
+    for e in tl.static_range(LEVELS):
+        if e > 0:
+            sums = _halve(sums, TOKENS >> (e - 1), D_PAD)
+            counts = _halve_line(counts, TOKENS >> (e - 1))
+        row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+        _store_rows(rows_ptr, row, sums / tl.maximum(counts, 1.0)[:, None], D, D_PAD)
+
+
+@triton.jit
+def _log_counts(counts):
+    return tl.where(counts > 0, tl.log2(tl.maximum(counts, 1.0)), -float("inf"))
+
+
+@triton.jit
+def _variance_bias(
+    k_ptr, bias_ptr, token, real, strides, power, cap, half_scale_squared, chunk, blocks, D: tl.constexpr,
+    D_PAD: tl.constexpr, block_n: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """The bias of every row for one query head: log2 of the count plus the capped variance term (METHOD §4b).
+
+    ``Σ_d w_d σ²_{g,d} = mean_g(Σ_d w_d y_d²) - Σ_d w_d mean_g(y_d)²`` with y the keys less the mean of all tokens here,
+    which keeps the difference from cancelling.
+    """
+    keys = _load_tokens(k_ptr, token, real, strides, D, D_PAD)
+    counts = real.to(tl.float32)
+    centre = tl.sum(keys, 0) / tl.maximum(tl.sum(counts, 0), 1.0)
+    sums = tl.where(real[:, None], keys - centre[None, :], 0.0)
+    squares = tl.sum(sums * sums * power[None, :], 1)
+    for e in tl.static_range(LEVELS):
+        row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+        bias = _log_counts(counts)
+        if e > 0:
+            sums = _halve(sums, TOKENS >> (e - 1), D_PAD)
+            counts = _halve_line(counts, TOKENS >> (e - 1))
+            squares = _halve_line(squares, TOKENS >> (e - 1))
+            some = tl.maximum(counts, 1.0)
+            means = sums / some[:, None]
+            spread = squares / some - tl.sum(means * means * power[None, :], 1)
+            bias = _log_counts(counts) + tl.minimum(half_scale_squared * tl.maximum(spread, 0.0), cap) * LOG2_E
+        tl.store(bias_ptr + row, bias)
+
+
+@triton.jit
+def _pool_kernel(
+    k_ptr, v_ptr, mask_ptr, power_ptr, cap_ptr, keys_ptr, values_ptr, counts_ptr, bias_ptr, similarity_ptr,
+    k_strides, v_strides, mask_stride, power_strides, cap_strides,
+    heads, length, blocks, rows, half_scale_squared,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, block_n: tl.constexpr, TOKENS: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_MASK: tl.constexpr, VARIANCE: tl.constexpr, SIMILARITY: tl.constexpr,
+):  # fmt: skip
+    """One program per TOKENS tokens of one KV head: K, then V, then biases. Grid (tokens / TOKENS, B * Hkv)."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1) % heads
+    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
+    k_ptr += wide_batch * k_strides[0] + wide_head * k_strides[1]
+    v_ptr += wide_batch * v_strides[0] + wide_head * v_strides[1]
+    token_strides = (k_strides[2], k_strides[3])
+    base = tl.program_id(1).to(tl.int64) * rows * D
+    token = chunk * TOKENS + tl.arange(0, TOKENS)
+    real = token < length
+    if HAS_MASK:
+        real = real & (tl.load(mask_ptr + wide_batch * mask_stride + token, mask=real, other=0) != 0)
+    _pool_side(
+        k_ptr, keys_ptr + base, token, real, token_strides, chunk, blocks, D, D_PAD, block_n, TOKENS, LEVELS
+    )
+    _pool_side(
+        v_ptr, values_ptr + base, token, real, (v_strides[2], v_strides[3]), chunk, blocks, D, D_PAD, block_n, TOKENS,
+        LEVELS,
+    )  # fmt: skip
+    if HAS_MASK:
+        counts_ptr += wide_batch * rows
+        owns_counts = head == 0
+    else:
+        owns_counts = tl.program_id(1) == 0
+    if owns_counts:
+        counts = real.to(tl.float32)
+        for e in tl.static_range(LEVELS):
+            if e > 0:
+                counts = _halve_line(counts, TOKENS >> (e - 1))
+            row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
+            tl.store(counts_ptr + row, _log_counts(counts))
+    if VARIANCE:
+        cols = tl.arange(0, D_PAD)
+        for g in range(GROUP):
+            query_head = wide_head * GROUP + g
+            power_base = power_ptr + wide_batch * power_strides[0] + query_head * power_strides[1]
+            power = tl.load(power_base + cols * power_strides[2], mask=cols < D, other=0.0)
+            cap = tl.load(cap_ptr + wide_batch * cap_strides[0] + query_head * cap_strides[1])
+            _variance_bias(
+                k_ptr, bias_ptr + (wide_batch * heads * GROUP + query_head) * rows, token, real, token_strides, power,
+                cap, half_scale_squared, chunk, blocks, D, D_PAD, block_n, TOKENS, LEVELS,
+            )  # fmt: skip
+    if SIMILARITY:
+        at = similarity_ptr + (tl.program_id(1).to(tl.int64) * blocks + chunk) * 3
+        for e in tl.static_range(1, 4):
+            first = chunk * TOKENS + (tl.arange(0, TOKENS >> e) << e)
+            cosine = _cosine(k_ptr, first, first + (1 << e) - 1, length, token_strides, D, D_PAD)
+            tl.store(at + e - 1, cosine)
+
+
+def pool_warps(tokens: int, wide: int) -> int:
+    """Warps that leave a thread 32 elements of a tile."""
+    return min(8 if wide <= 128 else 16, max(4, tokens * wide // 1024))
+
+
+def build_pyramid(
+    k: Tensor,
+    v: Tensor,
+    block_n: int,
+    *,
+    key_mask: Tensor | None = None,
+    query_power: Tensor | None = None,
+    bias_cap: Tensor | None = None,
+    scale: float = 1.0,
+    similarity: bool = False,
+) -> Pyramid:
+    """Pools K and V at every level, in one launch.
+
+    Args:
+        k, v: [B, Hkv, L, D], any strides.
+        key_mask: bool [B, L]; masked tokens enter no mean and count as missing.
+        query_power, bias_cap: float32 [B|1, H, D] and [B|1, H|1] switch the variance bias on (METHOD §4b).
+        similarity: also mean cosines of neighbouring keys, for blocks of at most 128 tokens.
+    """
+    batch, heads, length, dim = k.shape
+    blocks = triton.cdiv(length, block_n)
+    tokens = min(block_n, MAX_LEVEL)
+    levels = tokens.bit_length()
+    rows = blocks * (2 * block_n - ((2 * block_n) >> levels))
+    new = k.new_empty
+    group = 1 if query_power is None else query_power.shape[1] // heads
+    keys, values = new(batch, heads, rows, dim), new(batch, heads, rows, dim)
+    counts = new(1 if key_mask is None else batch, rows, dtype=torch.float32)
+    bias = counts[:, None]
+    if query_power is not None:
+        bias = new(batch, heads * group, rows, dtype=torch.float32)
+    cosines = new(batch, heads, blocks, SIMILARITIES, dtype=torch.float32) if similarity else None
+    wide = padded(dim)
+    _pool_kernel[(blocks * (block_n // tokens), batch * heads)](
+        k, v, key_mask, query_power, bias_cap, keys, values, counts, bias, cosines,
+        k.stride(), v.stride(), 0 if key_mask is None else key_mask.stride(0),
+        _strides(query_power, batch, heads * group), _strides(bias_cap, batch, heads * group),
+        heads, length, blocks, rows, 0.5 * scale * scale,
+        GROUP=group, D=dim, D_PAD=wide, block_n=block_n, TOKENS=tokens, LEVELS=levels,
+        HAS_MASK=key_mask is not None, VARIANCE=query_power is not None, SIMILARITY=similarity,
+        num_warps=pool_warps(tokens, wide),
+    )  # fmt: skip
+    return Pyramid(length, keys, values, counts, bias, cosines)
+
+
+def _strides(x: Tensor | None, batch: int, heads: int) -> tuple[int, ...]:
+    """Strides of a tensor expanded over batch and heads; zeros for an absent one."""
+    return (0, 0, 0) if x is None else x.expand(batch, heads, *x.shape[2:]).stride()
