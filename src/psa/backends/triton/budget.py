@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .score import HIDDEN, kept_rows, level_exponent, level_indices, visible_blocks
 
-SAMPLE = 8192
+SAMPLE = 4096
 CHUNK = 4096
 COUNT_CHUNK = 1024
+SOLVE_WARPS = 16
 
 
 @triton.jit
@@ -74,8 +75,8 @@ def _solve_kernel(
         caps_ptr += batch.to(tl.int64) * (heads // GROUPS) * blocks_n
 
     visible = tl.zeros((), tl.int64)
-    for start in range(0, blocks_m, COUNT_CHUNK):
-        m = start + tl.arange(0, COUNT_CHUNK)
+    for first_m in range(0, blocks_m, COUNT_CHUNK):
+        m = first_m + tl.arange(0, COUNT_CHUNK)
         seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
         visible += tl.sum(tl.where(m < blocks_m, seen, 0).to(tl.int64))
     visible *= members
@@ -84,14 +85,14 @@ def _solve_kernel(
 
     # A spread-out sample: multiples of the golden ratio, so that no row or column is favoured.
     fraction = (tl.arange(0, SAMPLE).to(tl.uint32) * 2654435769).to(tl.uint64)
-    at = ((fraction * total.to(tl.uint64)) >> 32).to(tl.int64)
-    key, cap = _load_keys(keys_ptr, caps_ptr, head, at, total, blocks_n, GROUPS, CAPPED, span)
-    sampled = tl.sum((key != HIDDEN).to(tl.int32)).to(tl.float32)
+    spread = ((fraction * total.to(tl.uint64)) >> 32).to(tl.int64)
+    some, some_caps = _load_keys(keys_ptr, caps_ptr, head, spread, total, blocks_n, GROUPS, CAPPED, span)
+    sampled = tl.sum((some != HIDDEN).to(tl.int32)).to(tl.float32)
     low = lowest
     high = highest + 0.0
     for _ in range(20):
         middle = 0.5 * (low + high)
-        fits = _kept(key, middle, cap, COARSEST, KEEP_ALL).to(tl.float32) <= density * 128.0 * sampled
+        fits = _kept(some, middle, some_caps, COARSEST, KEEP_ALL).to(tl.float32) <= density * 128.0 * sampled
         low = tl.where(fits, low, middle)
         high = tl.where(fits, middle, high)
 
@@ -190,6 +191,6 @@ def solve(
         SAMPLE=SAMPLE,
         CHUNK=CHUNK,
         COUNT_CHUNK=COUNT_CHUNK,
-        num_warps=16,
+        num_warps=SOLVE_WARPS,
     )
     return log_tau

@@ -17,6 +17,7 @@ from .score import RowRules, encode_shares
 
 LOG2E = math.log2(math.e)
 MAX_ROWS = 64
+WIDTH = 32
 
 
 @triton.jit
@@ -32,14 +33,18 @@ def _mean_queries(
     BLOCK_D: tl.constexpr,
 ):
     """Means over POOL consecutive query rows: float32 [ROWS, BLOCK_D], zeros where no row is real."""
-    rows = first_row + tl.arange(0, ROWS).to(tl.int64) * POOL
+    # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
+    q_ptr += first_row * stride_l
+    left = (length_q - first_row).to(tl.int32)
+    rows = tl.arange(0, ROWS) * POOL
     channels = tl.arange(0, BLOCK_D)
+    offsets = rows[:, None] * stride_l + channels[None, :] * stride_d
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(POOL):
-        real = (rows + i < length_q)[:, None] & (channels < head_dim)[None, :]
-        offsets = (rows + i)[:, None] * stride_l + channels[None, :] * stride_d
+        real = (rows + i < left)[:, None] & (channels < head_dim)[None, :]
         total += tl.load(q_ptr + offsets, mask=real, other=0.0).to(tl.float32)
-    count = tl.minimum(tl.maximum(length_q - rows, 1), POOL)
+        q_ptr += stride_l
+    count = tl.minimum(tl.maximum(left - rows, 1), POOL)
     return total / count.to(tl.float32)[:, None]
 
 
@@ -62,8 +67,8 @@ def _importance_kernel(
     sums_ptr,
     peaks_ptr,
     first_real_ptr,
-    q_strides: tl.constexpr,
-    k_strides: tl.constexpr,
+    q_strides,
+    k_strides,
     mask_stride,
     length_q,
     length_k,
@@ -127,14 +132,15 @@ def _importance_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         k_head = k_ptr + batch * k_strides[0] + (head // GROUPS) * k_strides[1]
         channels = tl.arange(0, BLOCK_D)
+        k_offsets = tl.arange(0, KEYS)[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
         for tile in range(0, stop):
             keys = tile * KEYS + tl.arange(0, KEYS)
-            k_offsets = keys[None, :].to(tl.int64) * k_strides[2] + channels[:, None] * k_strides[3]
-            in_range = (keys < pooled_k)[None, :] & (channels < head_dim)[:, None]
-            pooled = tl.load(k_head + k_offsets, mask=in_range, other=0.0)
+            in_range = (keys < pooled_k)[:, None] & (channels < head_dim)[None, :]
+            tile_ptr = k_head + tile.to(tl.int64) * KEYS * k_strides[2]
+            pooled = tl.load(tile_ptr + k_offsets, mask=in_range, other=0.0)
             count = _real_counts(mask_ptr + batch * mask_stride, keys, length_k, COLS, KEYS, MASKED)
             bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-            logits = tl.dot(queries, pooled, input_precision="ieee") * scale_log2 + bias[None, :]
+            logits = tl.dot(queries, tl.trans(pooled), input_precision="tf32x3") * scale_log2 + bias[None, :]
             if CAUSAL:
                 key_position = tl.minimum((keys + 1) * COLS, length_k) - 1
                 logits = tl.where(key_position[None, :] <= last_token[:, None], logits, float("-inf"))
@@ -208,8 +214,8 @@ def importance(
     batch, heads, length_q, head_dim = q.shape
     blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
     per_m, per_n = rules.block_m // rows, rules.block_n // cols
-    tile_rows = max(per_m, MAX_ROWS)
-    keys = max(per_n, 128 if head_dim <= 128 else 64)
+    single = q.dtype == torch.float32
+    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single)
     work = batch * heads * -(-blocks_m // (tile_rows // per_m))
     programs = min(work, 2 * _processors(q.device))
     tiles = -(-blocks_n * per_n // keys)
@@ -245,16 +251,23 @@ def importance(
         COLS=cols,
         ROWS=tile_rows,
         KEYS=keys,
-        WIDTH=64,
+        WIDTH=WIDTH,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         CAUSAL=rules.is_causal,
         MASKED=masked,
         ENCODE=encode is not None,
         TEXT_FIRST=rules.text_first,
-        num_warps=4,
-        num_stages=3 if head_dim <= 128 else 2,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out
+
+
+def tiling(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> tuple[int, int, int, int]:
+    """Pooled query rows and pooled keys per tile, warps, and pipeline stages; ``single``: float32 operands."""
+    tile_rows = max(block_m // rows, MAX_ROWS)
+    keys = max(block_n // cols, 32 if single else 64)
+    return tile_rows, keys, max(8 if single or dim > 128 else 4, tile_rows // 16), 2
 
 
 def _processors(device: torch.device) -> int:

@@ -13,7 +13,7 @@ CHUNK = 128
 def list_blocks(index, n, blocks_ptr, ends_ptr, in_range, COUNT: tl.constexpr):
     """Stores one row's kept blocks, sorted by (level, id), and where each level ends. ``index``, ``n``: [N]."""
     end = 0
-    for e in tl.static_range(COUNT):
+    for e in range(COUNT):
         match = (index == e) & in_range
         place = end + tl.cumsum(match.to(tl.int32), 0) - 1
         tl.store(blocks_ptr + place, n, mask=match)
@@ -26,7 +26,7 @@ def _schedule_kernel(
     levels_ptr,
     blocks_ptr,
     ends_ptr,
-    strides: tl.constexpr,
+    strides,
     heads,
     rows,
     cols,
@@ -47,7 +47,7 @@ def _schedule_kernel(
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         offsets = row.to(tl.int64)[:, None] * strides[2] + col[None, :].to(tl.int64) * strides[3]
         level = tl.load(levels_ptr + offsets, mask=inside, other=0).to(tl.int32)
-        for e in tl.static_range(COUNT):
+        for e in range(COUNT):
             found = tl.sum((level == (1 << e)).to(tl.int32), axis=1)
             counts += tl.where(exponent[None, :] == e, found[:, None], 0)
     ends = tl.cumsum(counts, 1)
@@ -59,7 +59,7 @@ def _schedule_kernel(
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         offsets = row.to(tl.int64)[:, None] * strides[2] + col[None, :].to(tl.int64) * strides[3]
         level = tl.load(levels_ptr + offsets, mask=inside, other=0).to(tl.int32)
-        for e in tl.static_range(COUNT):
+        for e in range(COUNT):
             match = (level == (1 << e)).to(tl.int32)
             first = tl.sum(tl.where(exponent[None, :] == e, place, 0), axis=1)
             at = first[:, None] + tl.cumsum(match, 1) - 1

@@ -94,7 +94,7 @@ def _encode_kernel(
     importance_ptr,
     keys_ptr,
     first_real_ptr,
-    strides: tl.constexpr,
+    strides,
     heads,
     length_q,
     length_k,
@@ -147,7 +147,7 @@ def _select_kernel(
     levels_ptr,
     blocks_ptr,
     ends_ptr,
-    strides: tl.constexpr,
+    strides,
     heads,
     length_q,
     length_k,
@@ -203,8 +203,9 @@ def _select_kernel(
     list_blocks(index, n, blocks_ptr + row * blocks_n, ends_ptr + row * (COARSEST + 1), n < blocks_n, COARSEST + 1)
 
 
-def _row_warps(width: int) -> int:
-    return min(16, max(1, width // 512))
+def row_warps(width: int) -> int:
+    """Warps that leave a thread 8 elements of a row, 16 or more in rows of 16384 and more."""
+    return min(16 if width > 8192 else 32, max(1, width // 256))
 
 
 def allocate(
@@ -238,7 +239,7 @@ def allocate(
             keys = torch.empty(source.shape, dtype=torch.float32, device=source.device)
             _encode_kernel[grid](
                 source, keys, first_real, source.stride(), *sizes, rules.text_length, float(config.exponent),
-                WIDTH=width, num_warps=_row_warps(width), **geometry, **pins,
+                WIDTH=width, num_warps=row_warps(width), **geometry, **pins,
             )  # fmt: skip
             source = keys
         if config.density is not None:
@@ -281,7 +282,7 @@ def allocate(
         CAPPED=caps is not None,
         SOLVED=log_tau is not None,
         WIDTH=width,
-        num_warps=_row_warps(width),
+        num_warps=row_warps(width),
         **geometry,
         **pins,
     )
