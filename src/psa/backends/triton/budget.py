@@ -14,7 +14,7 @@ from .score import HIDDEN, kept_rows, level_exponent, level_indices, visible_blo
 SAMPLE = 4096
 CHUNK = 4096
 COUNT_CHUNK = 1024
-SOLVE_WARPS = 16
+SOLVE_WARPS = 8
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .score import RowRules, encode_shares
 
 LOG2E = math.log2(math.e)
 MAX_ROWS = 64
+POOL_WARPS = 8
 WIDTH = 32
 
 
@@ -46,6 +47,44 @@ def _mean_queries(
         q_ptr += stride_l
     count = tl.minimum(tl.maximum(left - rows, 1), POOL)
     return total / count.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _pool_keys_kernel(
+    k_ptr,
+    mask_ptr,
+    pooled_ptr,
+    k_strides,
+    mask_stride,
+    heads,
+    length_k,
+    pooled_rows,
+    head_dim: tl.constexpr,
+    POOL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Means over POOL consecutive real keys, for plans made apart from attention. Grid (tiles of ROWS rows, B * Hkv)."""
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // heads, line % heads
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK_D)
+    k_ptr += batch * k_strides[0] + head * k_strides[1]
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    count = tl.zeros((ROWS,), tl.float32)
+    for i in range(POOL):
+        token = rows.to(tl.int64) * POOL + i
+        real = token < length_k
+        if MASKED:
+            real = real & (tl.load(mask_ptr + batch * mask_stride + token, mask=real, other=0) != 0)
+        offsets = token[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
+        inside = real[:, None] & (channels < head_dim)[None, :]
+        total += tl.load(k_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        count += real.to(tl.float32)
+    mean = (total / tl.maximum(count, 1.0)[:, None]).to(pooled_ptr.dtype.element_ty)
+    at = (line * pooled_rows + rows)[:, None] * head_dim + channels[None, :]
+    tl.store(pooled_ptr + at, mean, mask=(rows < pooled_rows)[:, None] & (channels < head_dim)[None, :])
 
 
 @triton.jit
@@ -226,14 +265,14 @@ def importance(
     _importance_kernel[(programs,)](
         q,
         pooled_k,
-        key_mask.view(torch.uint8) if masked else q,
+        key_mask.contiguous().view(torch.uint8) if masked else q,
         out,
         sums,
         peaks,
         rules.first_real if rules.first_real is not None else q,
         q.stride(),
         pooled_k.stride(),
-        key_mask.stride(0) if masked else 0,
+        length_k if masked else 0,
         length_q,
         length_k,
         blocks_m,
@@ -261,6 +300,30 @@ def importance(
         num_stages=stages,
     )
     return out
+
+
+def pool_keys(k: Tensor, cols: int, key_mask: Tensor | None = None) -> Tensor:
+    """Means over ``cols`` consecutive real keys: [B, Hkv, Lk, D] -> [B, Hkv, ceil(Lk / cols), D], in the dtype of k."""
+    batch, heads, length, dim = k.shape
+    pooled = k.new_empty(batch, heads, -(-length // cols), dim)
+    masked = key_mask is not None
+    _pool_keys_kernel[(triton.cdiv(pooled.shape[2], 64), batch * heads)](
+        k,
+        key_mask.contiguous().view(torch.uint8) if masked else k,
+        pooled,
+        k.stride(),
+        length if masked else 0,
+        heads,
+        length,
+        pooled.shape[2],
+        head_dim=dim,
+        POOL=cols,
+        ROWS=64,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        MASKED=masked,
+        num_warps=POOL_WARPS,
+    )
+    return pooled
 
 
 def tiling(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> tuple[int, int, int, int]:

@@ -8,13 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config import PSAConfig
-from ...pyramid import group_means
 from .budget import solve
-from .importance import importance
+from .importance import importance, pool_keys
 from .schedule import list_blocks
 from .score import RowRules, encode_shares, is_pinned, level_exponent, level_indices, row_rules, visible_blocks
 
-LARGEST_ROW = 65536
 FIXED = tl.constexpr(2.0**52)
 
 
@@ -203,9 +201,13 @@ def _select_kernel(
     list_blocks(index, n, blocks_ptr + row * blocks_n, ends_ptr + row * (COARSEST + 1), n < blocks_n, COARSEST + 1)
 
 
-def row_warps(width: int) -> int:
-    """Warps that leave a thread 8 elements of a row, 16 or more in rows of 16384 and more."""
-    return min(16 if width > 8192 else 32, max(1, width // 256))
+def row_options(width: int) -> dict[str, int]:
+    """Launch options of the kernels that hold one row: 8 elements of it per thread, up to 4096.
+
+    The cap on registers keeps the assembler from spilling a few for the sake of occupancy.
+    """
+    warps = min(16, max(1, width // 256))
+    return {"num_warps": warps, "maxnreg": 128}
 
 
 def allocate(
@@ -239,7 +241,7 @@ def allocate(
             keys = torch.empty(source.shape, dtype=torch.float32, device=source.device)
             _encode_kernel[grid](
                 source, keys, first_real, source.stride(), *sizes, rules.text_length, float(config.exponent),
-                WIDTH=width, num_warps=row_warps(width), **geometry, **pins,
+                WIDTH=width, **row_options(width), **geometry, **pins,
             )  # fmt: skip
             source = keys
         if config.density is not None:
@@ -282,7 +284,7 @@ def allocate(
         CAPPED=caps is not None,
         SOLVED=log_tau is not None,
         WIDTH=width,
-        num_warps=row_warps(width),
+        **row_options(width),
         **geometry,
         **pins,
     )
@@ -292,22 +294,6 @@ def allocate(
 def _cap_indices(caps: Tensor) -> Tensor:
     """log2 of caps in {1, 2, 4, 8}: uint8."""
     return (caps > 1).to(torch.uint8) + (caps > 2) + (caps > 4)
-
-
-def unsupported_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
-    """Why these kernels cannot plan a call; empty when they can."""
-    reasons = []
-    if config.type == "psa" and config.importance != "pooled":
-        reasons.append(f"importance {config.importance!r} has no kernel (only 'pooled')")
-    if config.bias == "measured":
-        reasons.append("the measured bias has no kernel")
-    if -(-k.shape[2] // config.block_n) > LARGEST_ROW:
-        reasons.append(f"more than {LARGEST_ROW} KV blocks")
-    if q.dtype == torch.float64:
-        reasons.append("float64")
-    if q.shape[-1] > 256:
-        reasons.append(f"head_dim {q.shape[-1]} is above 256")
-    return reasons
 
 
 def select(
@@ -342,7 +328,7 @@ def select(
         return allocate(source, config, rules, lengths, caps=caps)
     encode = config.exponent if config.mask_mode == "proportional" else None
     if pooled_k is None:
-        pooled_k = group_means(k.float(), config.importance_cols, key_mask).to(k.dtype)
+        pooled_k = pool_keys(k, config.importance_cols, key_mask)
     source = importance(
         q,
         pooled_k,

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .budget import CHUNK, COUNT_CHUNK, SAMPLE, SOLVE_WARPS, _solve_kernel
-from .importance import WIDTH, _importance_kernel, tiling
+from .importance import POOL_WARPS, WIDTH, _importance_kernel, _pool_keys_kernel, tiling
 from .schedule import CHUNK as LIST_CHUNK
 from .schedule import LISTS, _schedule_kernel
 from .score import level_exponent
-from .select import _encode_kernel, _select_kernel, row_warps
+from .select import _encode_kernel, _select_kernel, row_options
 from .tune import padded
 from .variants import ARCHITECTURES, POINTERS, Variant, _instruction
 
@@ -77,10 +77,13 @@ def _kernels(setting: Setting, arch: int) -> Iterator[Variant]:
         name = f"_importance_kernel{'-keys' if encode else ''}"
         options = {"num_warps": warps, "num_stages": stages}
         yield _variant(name, _importance_kernel, setting, arch, logits | {"ENCODE": encode}, options, instruction, True)
+    pool = {"head_dim": setting.dim, "POOL": 8, "ROWS": 64, "BLOCK_D": padded(setting.dim), "MASKED": setting.masked}
+    options = {"num_warps": POOL_WARPS}
+    yield _variant("_pool_keys_kernel", _pool_keys_kernel, setting, arch, pool, options)
     sizes = {"SAMPLE": SAMPLE, "CHUNK": CHUNK, "COUNT_CHUNK": COUNT_CHUNK, "SHARED": False}
     options = {"num_warps": SOLVE_WARPS}
     yield _variant("_solve_kernel", _solve_kernel, setting, arch, rules | budget | sizes, options)
-    options = {"num_warps": row_warps(setting.width)}
+    options = row_options(setting.width)
     row = {"WIDTH": setting.width}
     yield _variant("_encode_kernel", _encode_kernel, setting, arch, rules | pins | row, options)
     for mode, choices in MODES.items():
