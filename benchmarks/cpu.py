@@ -36,7 +36,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one case. Seconds are medians; ratio = dense / seconds; of_ideal = ratio * density."""
+    """One contender of one case. Seconds are medians; ratio = dense / seconds; of_ideal = ratio * density; others = the
+    share of the machine's processors that other programs used while the case was timed."""
 
     date: str
     cpu: str
@@ -55,6 +56,7 @@ class Row:
     ratio: float
     of_ideal: float
     verified_error: float | None
+    others: float | None
 
 
 def inputs(heads: int, length: int, head_dim: int, seed: int = 0) -> list[Tensor]:
@@ -86,6 +88,14 @@ def verify(head_dim: int, is_causal: bool, config: psa.PSAConfig) -> float:
     if not error <= TOLERANCE:
         raise SystemExit(f"wrong by {error:.2e} at D={head_dim}, causal={is_causal}: not timed")
     return error
+
+
+def busy_seconds() -> float | None:
+    """Processor seconds that all programs together have used since the machine started; None where it is not told."""
+    if not Path("/proc/stat").exists():
+        return None
+    user, nice, system, _idle, _wait, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(contenders: dict[str, Callable[[], object]], rounds: int, clock: str) -> dict[str, list[float]]:
@@ -144,7 +154,11 @@ def run_case(case: str, length: int, head_dim: int, args: argparse.Namespace) ->
         if select_engine(engine):
             errors[engine] = verify(head_dim, causal, config)
             contenders[f"attend {engine}"], contenders[f"psa {engine}"] = wrap(attend), wrap(whole)
+    wall, own, busy = time.perf_counter(), time.process_time(), busy_seconds()
     taken = timed(contenders, args.rounds, args.clock)
+    wall, own, others = time.perf_counter() - wall, time.process_time() - own, None
+    if busy is not None:
+        others = max(0.0, ((busy_seconds() or 0.0) - busy - own) / wall / (os.cpu_count() or 1))
     rows = []
     for name in list(contenders)[1:]:
         ratio = median(d / t for d, t in zip(taken["dense"], taken[name], strict=True))
@@ -167,6 +181,7 @@ def run_case(case: str, length: int, head_dim: int, args: argparse.Namespace) ->
                 ratio,
                 ratio * plan.density,
                 errors.get(name.rsplit(" ", 1)[-1]),
+                others,
             )
         )
     return rows
@@ -188,14 +203,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"forward": [16384, 32768], "train": [8192], "causal": [16384], "flex": [16384]}
-    print(f"{'case':8} {'contender':14} {'L':>6} {'D':>4} {'density':>7} {'dense s':>8} {'s':>8} {'ratio':>6} of ideal")
+    print(
+        f"{'case':8} {'contender':14} {'L':>6} {'D':>4} {'density':>7} {'dense s':>8} {'s':>8} {'ratio':>6} of ideal others  others"
+    )
     for case in args.only:
         for length in args.lengths or defaults[case]:
             for head_dim in args.head_dims:
                 for row in run_case(case, length, head_dim, args):
                     print(
                         f"{row.case:8} {row.contender:14} {row.length:6} {row.head_dim:4} {row.density:7.3f} "
-                        f"{row.dense_seconds:8.3f} {row.seconds:8.3f} {row.ratio:6.2f} {row.of_ideal:8.2f}",
+                        f"{row.dense_seconds:8.3f} {row.seconds:8.3f} {row.ratio:6.2f} {row.of_ideal:8.2f} "
+                        f"{'?' if row.others is None else format(row.others, '6.0%')}",
                         flush=True,
                     )
                     with args.results.open("a", encoding="utf-8") as file:
