@@ -244,7 +244,8 @@ def _run(work: Callable[..., None], items: list[tuple[int, ...]], like: Tensor) 
 
     def drain_in_thread() -> None:
         torch.set_num_threads(threads // workers)
-        drain()
+        with torch.no_grad():  # grad mode belongs to the thread
+            drain()
 
     if workers <= 1:
         return drain()
