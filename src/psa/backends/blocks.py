@@ -17,7 +17,6 @@ from ..pyramid import RowLayout, group_counts, group_means, row_bias, row_layout
 from .base import Selection
 
 SPAN = 8  # query blocks whose row lists are made together
-LOWEST = -1e30  # finite: a row that sees nothing keeps weights exp(-inf - LOWEST) = 0
 
 
 @dataclass(frozen=True)
@@ -163,13 +162,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tens
                 out[b, h, rows.queries], lse[b, h, rows.queries] = 0.0, -torch.inf
                 continue
             keys = _gather(problem.keys[b, h_kv], rows.ids, scratch.take("keys", n, dim))
-            weights = _scores(problem, b, h, rows, keys, scratch.take("weights", count, n))
-            top = weights.amax(-1, keepdim=True).clamp_(min=LOWEST)
-            total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+            scores = _scores(problem, b, h, rows, keys, scratch.take("scores", count, n))
+            weights = torch.softmax(scores, -1, out=scratch.take("weights", count, n))
+            top = scores.amax(-1, keepdim=True)
+            empty = top.isneginf()
+            # The largest weight is exp(0) / Σ exp(s - top): this is cheaper than another pass of exponentials.
+            log_total = weights.amax(-1, keepdim=True).log_().neg_()
+            lse[b, h, rows.queries, None] = (top + log_total).masked_fill_(empty, -torch.inf)
             values = _gather(problem.values[b, h_kv], rows.ids, scratch.take("values", n, dim))
-            mean = torch.mm(weights, values, out=out[b, h, rows.queries])
-            mean.div_(total.masked_fill(total == 0, 1.0))
-            torch.add(top, total.log_(), out=lse[b, h, rows.queries, None])
+            torch.mm(weights, values, out=out[b, h, rows.queries]).masked_fill_(empty, 0.0)
 
     _run(work, list(product(range(q.shape[0]), range(q.shape[1]), range(0, problem.blocks, SPAN))), problem.q)
     return out, lse
