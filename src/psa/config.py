@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from .errors import ConfigError
 
-MASK_MODES = ("topk", "thresholdbound", "proportional")
+MASK_MODES = ("topk", "thresholdbound", "proportional", "auto")
 BIASES = ("count", "variance", "measured")
 IMPORTANCES = ("pooled", "sampled", "antidiagonal")
 REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid")
@@ -45,14 +45,25 @@ class PSAConfig:
         block_m, block_n: tokens per query block and per KV block (powers of two, at least 16).
         tile_n: KV rows a kernel handles at a time; must divide ``block_n``. Default ``min(32, block_n)``.
         mask_mode: how importance becomes levels: ``"topk"``, ``"thresholdbound"`` (the published modes, with
-            ``mask_ratios``) or ``"proportional"`` (with ``density`` or ``tau``). Default: proportional when
-            ``density`` or ``tau`` is given, else topk.
+            ``mask_ratios``), ``"proportional"`` (with ``density`` or ``tau``) or ``"auto"``, which chooses exponent,
+            keep_all, bias_cap and slope per head by probes. Default: topk with ``mask_ratios``, proportional with
+            ``tau``, else auto.
         mask_ratios: level -> (lo, hi), cumulative bounds in [0, 1]; level 0 is skipped.
         density: mean of 1/level over block pairs, in (0, 1].
         exponent: in proportional mode, rows are kept in proportion to importance ** exponent.
         keep_all: in proportional mode, never skip a block; ``False`` skips what would be coarser than one row.
         tau: fixed threshold of proportional mode; density then adapts to the input.
         share_heads: meet ``density`` over all heads of a layer instead of in each head.
+        target_error: in auto mode, the relative error each head may have, instead of ``density``: the smallest density
+            whose probed error meets it; heads that need more than ``max_density`` run dense.
+        max_density: upper bound of what ``target_error`` may choose.
+        probe_rows: query rows per head whose exact attention is computed in a call that probes.
+        probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
+            change of the importance's concentration that ends it sooner.
+        slope: add the first-order term of what averaging loses of the values. Default: True only in auto mode, where
+            it is chosen per head.
+        sort_keys: sort keys inside KV blocks so that pooled groups are tight (never when causal or with a key mask).
+            Default: True only in auto mode.
         bias: mass correction of pooled rows: ``"count"`` (published), ``"variance"`` or ``"measured"``.
         bias_cap: upper bound of that correction, in nats. Default 1 (variance), 20 (measured).
         importance: ``"pooled"``, ``"sampled"`` or ``"antidiagonal"``.
@@ -78,6 +89,13 @@ class PSAConfig:
     keep_all: bool = True
     tau: float | None = None
     share_heads: bool = False
+    target_error: float | None = None
+    max_density: float = 1.0
+    probe_rows: int = 64
+    probe_every: int = 10
+    probe_drift: float = 0.25
+    slope: bool | None = None
+    sort_keys: bool | None = None
     bias: str = "count"
     bias_cap: float | None = None
     importance: str = "pooled"
@@ -107,16 +125,32 @@ class PSAConfig:
         return hash(self.key)
 
     def replace(self, **changes: Any) -> "PSAConfig":
-        """A changed copy. Asking for ``density`` or ``tau`` switches to proportional mode unless told otherwise."""
-        if ("density" in changes or "tau" in changes) and self.mask_mode != "proportional":
-            changes = {"mask_mode": "proportional", "mask_ratios": None, **changes}
-        if "tau" in changes:
+        """A changed copy. Asking for ``density`` or ``target_error`` switches to auto mode, for ``tau`` to proportional
+        mode, unless told otherwise or there already."""
+        if "tau" in changes and self.mask_mode != "proportional":
+            changes = {"mask_mode": "proportional", **changes}
+        if "target_error" in changes and self.mask_mode != "auto":
+            changes = {"mask_mode": "auto", **changes}
+        if "density" in changes and self.mask_mode not in ("proportional", "auto"):
+            changes = {"mask_mode": "auto", **changes}
+        mode = changes.get("mask_mode", self.mask_mode)
+        if mode != self.mask_mode:
+            changes = {"slope": None, "sort_keys": None, **changes}
+            if mode in ("proportional", "auto"):
+                changes = {"mask_ratios": None, **changes}
+            if mode == "auto":
+                changes = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, **changes}
+            else:
+                changes = {"target_error": None, "max_density": 1.0, **changes}
+        if "tau" in changes and changes["tau"] is not None:
             changes = {"density": None, **changes}
+        elif changes.get("target_error") is not None:
+            changes = {"density": None, "share_heads": False, **changes}
         elif "density" in changes:
-            changes = {"tau": None, **changes}
+            changes = {"tau": None, "target_error": None, **changes}
         if "bias" in changes and "bias_cap" not in changes:
             changes = {"bias_cap": None, **changes}
-        if "mask_mode" in changes and changes["mask_mode"] != "proportional":
+        if mode not in ("proportional", "auto"):
             changes = {"density": None, "tau": None, **changes}
         if "block_n" in changes and "tile_n" not in changes:
             changes = {"tile_n": None, **changes}
@@ -142,16 +176,17 @@ class PSAConfig:
     def _resolve_mode(self) -> None:
         mode = self.mask_mode
         if mode is None:
-            mode = "proportional" if self.density is not None or self.tau is not None else "topk"
+            mode = "proportional" if self.tau is not None else "topk" if self.mask_ratios is not None else "auto"
         if mode not in MASK_MODES:
             raise ConfigError(f"mask_mode: {mode!r} is unknown{nearest(mode, MASK_MODES)}")
         object.__setattr__(self, "mask_mode", mode)
-        if mode == "proportional":
+        self._check_auto(mode)
+        if mode in ("proportional", "auto"):
             if self.mask_ratios is not None:
-                raise ConfigError("mask_ratios: proportional mode takes density or tau, not mask_ratios")
+                raise ConfigError(f"mask_ratios: {mode} mode takes a density, not mask_ratios")
             if self.density is not None and self.tau is not None:
                 raise ConfigError("tau: a fixed tau and a density exclude each other; give one")
-            if self.density is None and self.tau is None:
+            if self.density is None and self.tau is None and self.target_error is None:
                 object.__setattr__(self, "density", DEFAULT_DENSITY)
         else:
             for name in ("density", "tau"):
@@ -159,6 +194,26 @@ class PSAConfig:
                     raise ConfigError(f"{name}: mask_mode {mode!r} takes mask_ratios, not {name}; use proportional")
             ratios = PUBLISHED_RATIOS if self.mask_ratios is None else self.mask_ratios
             object.__setattr__(self, "mask_ratios", check_ratios(ratios, self.block_n))
+
+    def _check_auto(self, mode: str) -> None:
+        """What auto mode decides by itself may not be asked for; what only it can do, not elsewhere."""
+        for name in ("slope", "sort_keys"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, mode == "auto")
+        if mode != "auto":
+            if self.target_error is not None or self.max_density != 1.0:
+                raise ConfigError(f"target_error, max_density: only auto mode measures errors, not {mode!r}")
+            return
+        fixed = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, "bias_cap": (None, 0.0)}
+        for name, default in fixed.items():
+            value = getattr(self, name)
+            if value != default and not (isinstance(default, tuple) and value in default):
+                raise ConfigError(f"{name}: auto mode chooses it per head; use mask_mode='proportional' to fix {value!r}")
+        if self.target_error is not None:
+            if self.density is not None or self.share_heads:
+                raise ConfigError("target_error: excludes density and share_heads; it sets each head's density itself")
+            if _finite("target_error", self.target_error, low=0.0) == 0:
+                raise ConfigError("target_error: 0 is not positive; exact attention is type 'dense'")
 
     def _check_choices(self) -> None:
         choices = {"bias": BIASES, "importance": IMPORTANCES, "type": ("psa", "dense")}
@@ -170,7 +225,7 @@ class PSAConfig:
             hint = nearest(self.rearrange_method, REARRANGE_METHODS)
             raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
         object.__setattr__(self, "rearrange_method", method)
-        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange"):
+        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not true or false")
         if not isinstance(self.description, str):
@@ -193,6 +248,12 @@ class PSAConfig:
         smallest = min(self.block_m, self.block_n)
         if self.importance == "antidiagonal" and self.importance_stride > smallest:
             raise ConfigError(f"importance_stride: {self.importance_stride} is larger than a block ({smallest})")
+        check_density(self.max_density, self.max_level, True)
+        _finite("probe_drift", self.probe_drift, low=0.0)
+        for name in ("probe_rows", "probe_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
+                raise ConfigError(f"{name}: {value!r} is not a positive whole number")
         for name in ("seed", "warmup_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:

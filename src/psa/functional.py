@@ -12,6 +12,8 @@ from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .plan import Plan
 from .reorder import Permutation, SemanticState, reorder
+from .reorder.keys import key_order
+from .slope import slope_correction
 
 Grid = tuple[int, int, int]
 
@@ -23,6 +25,7 @@ def psa_attention(
     *,
     config: PSAConfig | None = None,
     density: float | None = None,
+    target_error: float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -42,8 +45,9 @@ def psa_attention(
     Args:
         q: [B, H, Lq, D], float32, float16 or bfloat16 (float64 off the GPU). Any strides.
         k, v: [B, Hkv, Lk, D], same dtype and device; Hkv must equal H unless ``enable_gqa``.
-        config: all settings; default: published topk, or what ``density`` selects.
-        density: share of the work to keep, in (0, 1]; overrides the mode of ``config``.
+        config: all settings; default: the automatic mode, which probes every head and takes what measures best.
+        density: share of the work to keep, in (0, 1], default .15. Overrides a published mode of ``config``.
+        target_error: instead of a density, the relative error each head may have.
         is_causal: bottom-right aligned, as in flash-attention, when Lq differs from Lk.
         scale: default 1/sqrt(D).
         grid: (T, H, W) of the video tokens, token (t, h, w) at (t*H + h)*W + w; makes blocks neighbourhoods.
@@ -69,7 +73,9 @@ def psa_attention(
             q,
             k,
             config,
+            v=v,
             density=density,
+            target_error=target_error,
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
@@ -78,8 +84,8 @@ def psa_attention(
             text_position=text_position,
             key_mask=key_mask,
         )
-    elif config is not None or density is not None or key_mask is not None or grid is not None:
-        raise ConfigError("plan: a given plan already fixes config, density, grid and key_mask; leave them out")
+    elif config is not None or density is not None or target_error is not None or key_mask is not None or grid is not None:
+        raise ConfigError("plan: a given plan already fixes config, density, target_error, grid and key_mask; leave them out")
     out = attend(
         q, k, v, plan, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
     )
@@ -94,7 +100,9 @@ def make_plan(
     k: Tensor,
     config: PSAConfig | None = None,
     *,
+    v: Tensor | None = None,
     density: float | None = None,
+    target_error: float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -104,18 +112,22 @@ def make_plan(
     key_mask: Tensor | None = None,
     importance: Tensor | None = None,
     state: SemanticState | None = None,
+    choice: Tensor | None = None,
 ) -> Plan:
     """Stages 2 to 4, exported as ``psa.plan``: token order, importance and levels.
 
     Arguments as in :func:`psa_attention`, and:
 
     Args:
+        v: lets the automatic mode probe; without v it takes a fixed setting, and no error is known.
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
         state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
+        choice: float32 [B, H, 4], ``plan.choice`` of an earlier plan: the automatic mode then does not probe.
     """
     q, k = _autocast(q, k)
-    check_tensors(q, k, None, enable_gqa)
-    settings = resolve_config(config, density)
+    v = None if v is None else _autocast(v)[0]
+    check_tensors(q, k, v, enable_gqa)
+    settings = resolve_config(config, density, target_error)
     scale = check_scale(scale, q.shape[-1])
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
@@ -123,14 +135,20 @@ def make_plan(
     if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
         permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
     mask_in_order = key_mask
+    if settings.sort_keys and settings.type == "psa" and not is_causal and key_mask is None:
+        permutation = _with_sorted_keys(q, k, permutation, settings.block_n)
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
+        v = None if v is None else permutation.apply_k(v)
         mask_in_order = None if key_mask is None else permutation.apply_k_mask(key_mask)
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
-    levels, power, pairs = ops.select(
-        q, k, importance, mask_in_order, settings.key, scale, is_causal, text_length, text_position
+    if choice is not None:
+        check_choice(choice, q)
+        choice = choice[..., :3].contiguous()
+    levels, power, caps, pairs, slope, chosen = ops.select(
+        q, k, v, importance, mask_in_order, choice, settings.key, scale, is_causal, text_length, text_position
     )
     return Plan(
         levels,
@@ -141,8 +159,10 @@ def make_plan(
         is_causal,
         permutation,
         query_power=power if power.numel() else None,
-        bias_cap=power.new_full((1, 1), settings.bias_cap) if power.numel() else None,
+        bias_cap=caps if caps.numel() else None,
         pair_bias=pairs if pairs.numel() else None,
+        slope=slope if slope.numel() else None,
+        choice=chosen if chosen.numel() else None,
         key_mask=key_mask,
         config=settings,
         text=(text_length, text_position),
@@ -199,6 +219,10 @@ def attend(
                 is_causal,
                 backend,
             )
+        if plan.slope is not None:
+            mask = selection.key_mask
+            terms = (q, k, v, plan.levels, plan.slope, plan.block_m, plan.block_n, scale, mask)
+            out = out + slope_correction(*terms)
     if order is not None:
         out = order.restore_q(out)
         lse = order.restore_q(lse) if return_lse else lse
@@ -229,17 +253,21 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 # -- what is accepted ------------------------------------------------------------------------------------------------
 
 
-def resolve_config(config: PSAConfig | None, density: float | None) -> PSAConfig:
-    """The settings of a call: ``density`` alone selects the proportional mode."""
+def resolve_config(config: PSAConfig | None, density: float | None, target_error: float | None = None) -> PSAConfig:
+    """The settings of a call: ``density`` or ``target_error`` select the automatic mode."""
     if config is not None and not isinstance(config, PSAConfig):
         raise ConfigError(f"config: expected a PSAConfig, got {type(config).__name__}; see psa.PSAConfig.from_dict")
-    if density is None:
+    if density is not None and target_error is not None:
+        raise ConfigError("target_error: excludes density; see max_density of PSAConfig for an upper bound")
+    changes = {"density": density, "target_error": target_error}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes:
         return config if config is not None else _DEFAULT
     if torch.compiler.is_compiling():
         from .compiled import constant_config
 
-        return constant_config((config or _DEFAULT).key, density)
-    return (config or _DEFAULT).replace(density=density)
+        return constant_config((config or _DEFAULT).key, **changes)
+    return (config or _DEFAULT).replace(**changes)
 
 
 _DEFAULT = PSAConfig()
@@ -327,6 +355,14 @@ def check_importance(importance: Tensor, q: Tensor, blocks: tuple[int, int]) -> 
         raise ShapeError(f"importance: expected floats [1|{q.shape[0]}, 1|{q.shape[1]}, *{list(blocks)}], got {got}")
 
 
+def check_choice(choice: Tensor, q: Tensor) -> None:
+    """Raises ShapeError unless ``choice`` is a plan's, float32 [B, H, 4], for this batch and these heads."""
+    expected = [*q.shape[:2], 4]
+    if not isinstance(choice, Tensor) or list(choice.shape) != expected or choice.device != q.device:
+        got = f"{list(choice.shape)} on {choice.device}" if isinstance(choice, Tensor) else type(choice).__name__
+        raise ShapeError(f"choice: expected float32 {expected} on {q.device}, got {got}")
+
+
 def check_plan(plan: Plan, q: Tensor, k: Tensor, is_causal: bool) -> None:
     """Raises unless the plan was made for tensors of these shapes and this causality."""
     if not isinstance(plan, Plan):
@@ -371,6 +407,16 @@ def _permutation(
         state=state,
         key_mask=key_mask,
     )
+
+
+def _with_sorted_keys(q: Tensor, k: Tensor, base: Permutation | None, block_n: int) -> Permutation:
+    """``base`` with the keys of every block sorted, per head."""
+    in_order = (q, k) if base is None else (base.apply_q(q), base.apply_k(k))
+    order = key_order(*(x.detach() for x in in_order), block_n)
+    if base is None:
+        return Permutation(torch.arange(q.shape[2], device=q.device), order)
+    keys = base.k_order.expand(order.shape[0], order.shape[1], -1)
+    return Permutation(base.q_order, keys.gather(-1, order))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,273 @@
+"""The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
+
+Candidates differ in how importance becomes levels (exponent, dropping or not), in the cap of the variance bias and in
+whether the slope correction is added. A head's choice is a row of a table, so everything here stays on the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .allocate import BlockMask, allocate_levels
+from .config import PSAConfig
+from .probe import Rows, Scored, row_errors, sample_rows
+
+CAPS = (1.0, 4.0)
+"""Upper bounds of the variance bias, in nats, that candidates choose from."""
+CAPPED_ERROR = 1e3
+"""What stands for an error that is not finite."""
+LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
+"""Densities at which error curves are measured."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of a head. cap: index into ``CAPS``."""
+
+    exponent: float
+    keep_all: bool = True
+    cap: int = 0
+    slope: bool = True
+
+    @property
+    def name(self) -> str:
+        parts = [f"p{self.exponent:g}", "" if self.keep_all else "drop", f"cap{CAPS[self.cap]:g}"]
+        return " ".join(part for part in (*parts, "slope" if self.slope else "") if part)
+
+
+ALLOCATIONS = ((1.0, True), (0.75, False), (1.0, False), (1.5, True), (2.0, True))
+CANDIDATES = tuple(
+    Candidate(exponent, keep, cap, slope)
+    for exponent, keep in ALLOCATIONS
+    for slope in (True, False)
+    for cap in range(len(CAPS))
+)
+"""The first is used where nothing could be measured (a plan made without v)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, as tensors [B, H] so that nothing waits for the device.
+
+    candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
+    choice; NaN where nothing was measured).
+    """
+
+    candidate: Tensor
+    density: Tensor
+    error: Tensor
+
+    def pack(self) -> Tensor:
+        """float32 [B, H, 3]."""
+        return torch.stack([self.candidate.float(), self.density, self.error], dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "Choice":
+        return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer's inputs in plan order, as :func:`select_auto` takes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    importance: Tensor
+    mask: BlockMask
+    cap: Tensor | None
+    config: PSAConfig
+    scale: float
+    is_causal: bool
+    key_mask: Tensor | None
+
+    def errors(self, rows: Rows, scored: Scored) -> Tensor:
+        """Squared errors relative to the exact output's norm: [B, H, C], and the norms [B, H]."""
+        assert self.v is not None
+        errors, norms = row_errors(
+            self.q,
+            self.k,
+            self.v,
+            rows,
+            scored,
+            block_n=self.config.block_n,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            key_mask=self.key_mask,
+        )
+        return torch.stack([errors, norms[..., None].expand_as(errors)])
+
+
+@torch.no_grad()
+def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
+    """Levels for every head, by probes or by a choice made before.
+
+    Returns:
+        levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
+        the choice, with the error that fresh probes measured (the given one's, where a choice was given).
+    """
+    shape = layer.importance.shape[:2]
+    choice = given
+    if choice is None and layer.v is not None:
+        choice = choose(layer)
+    if choice is None:
+        budget = layer.config.density or layer.config.max_density
+        first = torch.zeros(shape, dtype=torch.long, device=layer.q.device)
+        choice = Choice(first, first + float(budget), first + torch.nan)
+    levels = allocate(layer, layer.importance, layer.mask, choice)
+    slope = _table([c.slope for c in CANDIDATES], choice.candidate)
+    shares = slope_shares(layer.importance, levels, slope)
+    if given is None and layer.v is not None:
+        error = measure(layer, levels, shares, choice)
+        choice = Choice(choice.candidate, choice.density, error)
+    caps = _table(CAPS, _table([c.cap for c in CANDIDATES], choice.candidate))
+    return levels, caps, shares, choice
+
+
+def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) -> Tensor:
+    """Levels of each head by its own candidate and density."""
+    exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)[..., None, None]
+    keep = _table([c.keep_all for c in CANDIDATES], choice.candidate)[..., None, None]
+    return allocate_levels(
+        importance,
+        mask_mode="proportional",
+        density=choice.density[..., None, None],
+        block_n=layer.config.block_n,
+        exponent=exponents,
+        keep_all=keep,
+        cap=layer.cap,
+        mask=mask,
+    )
+
+
+def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | bool = True) -> Tensor:
+    """Importance times N where a pooled block of a head is to be corrected, else 0: float16, shape of ``levels``."""
+    rows = importance / importance.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rows = (rows * importance.shape[-1]).clamp(max=6e4).masked_fill(levels <= 1, 0.0)
+    if isinstance(wanted, Tensor):
+        rows = rows * wanted[..., None, None]
+    return rows.to(torch.float16)
+
+
+def choose(layer: Layer) -> Choice:
+    """The best candidate of every head by probes, at the densities that budget or target call for."""
+    config = layer.config
+    heads = layer.q.shape[1]
+    rows = sample_rows(layer.q.shape[2], config.block_m, heads, config.probe_rows, 0, layer.q.device)
+    fixed = config.target_error is None and not config.share_heads
+    floor = 1.0 / config.max_level
+    if fixed:
+        ladder = (float(config.density or config.max_density),)
+    else:
+        top = config.max_density if config.density is None else 1.0
+        ladder = tuple(d for d in LADDER if floor <= d < top) + (top,)
+    squared, norms = layer.errors(rows, _scored(layer, rows, ladder))
+    squared = squared.unflatten(-1, (len(ladder), len(CANDIDATES))).nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
+    best, winner = squared.min(dim=-1)
+    densities = _constant(ladder, best.device)
+    if fixed:
+        density = densities.expand(best.shape[:2] + (1,)).squeeze(-1)
+    elif config.target_error is not None:
+        density = smallest_density(best.sqrt() / norms[..., :1].sqrt(), densities, config.target_error)
+    else:
+        density = shared_densities(best, densities, float(config.density or config.max_density))
+    nearest = (density[..., None].log() - densities.log()).abs().argmin(-1, keepdim=True)
+    return Choice(winner.gather(-1, nearest).squeeze(-1), density, torch.full_like(density, torch.nan))
+
+
+def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice) -> Tensor:
+    """The relative error of the plan itself on fresh rows, [B, H]."""
+    config = layer.config
+    rows = sample_rows(layer.q.shape[2], config.block_m, layer.q.shape[1], config.probe_rows, 1, layer.q.device)
+    scored = Scored(
+        _rows_of(levels, rows)[:, :, :, None],
+        _table([c.cap for c in CANDIDATES], choice.candidate)[..., None],
+        _constant(CAPS, levels.device)[None, None],
+        _rows_of(shares, rows)[:, :, :, None],
+    )
+    squared, norms = layer.errors(rows, scored)
+    return (squared / norms.clamp(min=torch.finfo(torch.float32).tiny)).sqrt().squeeze(-1)
+
+
+def smallest_density(errors: Tensor, densities: Tensor, target: float) -> Tensor:
+    """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target``; 1 if none does.
+
+    Errors are made monotone from the right and interpolated linearly in logarithms.
+    """
+    log_target = torch.log(torch.tensor(target, device=errors.device))
+    curve = errors.clamp(min=1e-9).flip(-1).cummax(-1).values.flip(-1).log()
+    meets = curve <= log_target
+    first = meets.float().argmax(-1, keepdim=True)
+    before = (first - 1).clamp(min=0)
+    x, y = densities.log().expand_as(curve), curve
+    x0, x1, y0, y1 = (t.gather(-1, i) for t in (x, y) for i in (before, first))
+    step = ((y0 - log_target) / (y0 - y1).clamp(min=1e-9)).clamp(0, 1)
+    found = torch.where(first == 0, x1, x0 + step * (x1 - x0)).exp()
+    return torch.where(meets.any(-1, keepdim=True), found, torch.ones_like(found)).squeeze(-1)
+
+
+def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: int = 256) -> Tensor:
+    """Densities [B, H] with mean ``budget`` that minimise the sum of squared errors over the heads of a layer.
+
+    Curves [B, H, P] are interpolated linearly in logarithms on ``points`` densities; the multiplier is found by
+    bisection.
+    """
+    log_d = densities.log()
+    grid = torch.linspace(float(LADDER[0] if len(densities) < 2 else 0), 1, points, device=squared.device)
+    x = log_d[0] + grid * (log_d[-1] - log_d[0])
+    right = torch.searchsorted(log_d, x.contiguous()).clamp(1, len(densities) - 1)
+    part = ((x - log_d[right - 1]) / (log_d[right] - log_d[right - 1])).clamp(0, 1)
+    curve = squared.clamp(min=1e-20).flip(-1).cummax(-1).values.flip(-1).log()
+    curve = (curve[..., right - 1] * (1 - part) + curve[..., right] * part).exp()
+    cost = x.exp()
+    low = torch.full_like(squared[:, :1, 0], -60.0)
+    high = torch.full_like(low, 60.0)
+    for _ in range(48):
+        middle = 0.5 * (low + high)
+        spent = cost[(curve + middle.exp()[..., None] * cost).argmin(-1)].mean(1, keepdim=True)
+        high, low = torch.where(spent <= budget, middle, high), torch.where(spent <= budget, low, middle)
+    density = cost[(curve + high.exp()[..., None] * cost).argmin(-1)]
+    spare = (budget - density.mean(1, keepdim=True)).clamp(min=0)
+    return (density + spare).clamp(max=1.0)
+
+
+def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
+    """Every candidate at every density of the ladder, on the sampled query blocks."""
+    importance = _rows_of(layer.importance, rows)
+    mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
+    shape = importance.shape[:2]
+    zero = torch.zeros(shape, device=importance.device)
+    levels: dict[tuple[float, bool], Tensor] = {}
+    columns, shares = [], []
+    for density in ladder:
+        levels.clear()
+        for candidate in CANDIDATES:
+            key = (candidate.exponent, candidate.keep_all)
+            if key not in levels:
+                index = zero.long() + CANDIDATES.index(candidate)
+                levels[key] = allocate(layer, importance, mask, Choice(index, zero + density, zero))
+            columns.append(levels[key])
+            shares.append(slope_shares(importance, levels[key], torch.full_like(zero, float(candidate.slope))))
+    caps = _constant(tuple(c.cap for c in CANDIDATES) * len(ladder), importance.device)
+    values = _constant(CAPS, importance.device)[None, None]
+    return Scored(torch.stack(columns, 3), caps.expand(*shape, -1), values, torch.stack(shares, 3))
+
+
+def _rows_of(x: Tensor, rows: Rows) -> Tensor:
+    """[B|1, H|1, M, N] -> [B|1, H, S, N], the sampled query blocks of every head."""
+    heads = rows.blocks.shape[0]
+    index = rows.blocks[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1])
+    return x.expand(-1, heads, -1, -1).gather(2, index)
+
+
+def _table(values: Sequence[float], index: Tensor) -> Tensor:
+    return _constant(tuple(values), index.device)[index]
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A small table on the device, made once, so that captured graphs copy nothing from the host."""
+    return torch.tensor(values, device=device)
