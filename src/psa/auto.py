@@ -19,6 +19,8 @@ CAPS = (1.0, 4.0)
 """Upper bounds of the variance bias, in nats, that candidates choose from."""
 CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
+DROP_HANDICAP = 1.2
+"""Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
 
@@ -38,7 +40,7 @@ class Candidate:
         return " ".join(part for part in (*parts, "slope" if self.slope else "") if part)
 
 
-ALLOCATIONS = ((1.0, True), (0.75, False), (1.0, False), (1.5, True), (2.0, True))
+ALLOCATIONS = ((1.0, True), (0.75, True), (0.75, False), (1.0, False), (1.5, True), (2.0, True))
 CANDIDATES = tuple(
     Candidate(exponent, keep, cap, slope)
     for exponent, keep in ALLOCATIONS
@@ -109,6 +111,11 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
         levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
         the choice, with the error that fresh probes measured (the given one's, where a choice was given).
     """
+    with torch.autocast(layer.q.device.type, enabled=False):
+        return _select_auto(layer, given)
+
+
+def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
     shape = layer.importance.shape[:2]
     choice = given
     if choice is None and layer.v is not None:
@@ -118,7 +125,7 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
         first = torch.zeros(shape, dtype=torch.long, device=layer.q.device)
         choice = Choice(first, first + float(budget), first + torch.nan)
     levels = allocate(layer, layer.importance, layer.mask, choice)
-    slope = _table([c.slope for c in CANDIDATES], choice.candidate)
+    slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
     shares = slope_shares(layer.importance, levels, slope)
     if given is None and layer.v is not None:
         error = measure(layer, levels, shares, choice)
@@ -143,11 +150,11 @@ def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) 
     )
 
 
-def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | bool = True) -> Tensor:
+def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Importance times N where a pooled block of a head is to be corrected, else 0: float16, shape of ``levels``."""
     rows = importance / importance.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     rows = (rows * importance.shape[-1]).clamp(max=6e4).masked_fill(levels <= 1, 0.0)
-    if isinstance(wanted, Tensor):
+    if wanted is not None:
         rows = rows * wanted[..., None, None]
     return rows.to(torch.float16)
 
@@ -166,7 +173,9 @@ def choose(layer: Layer) -> Choice:
         ladder = tuple(d for d in LADDER if floor <= d < top) + (top,)
     squared, norms = layer.errors(rows, _scored(layer, rows, ladder))
     squared = squared.unflatten(-1, (len(ladder), len(CANDIDATES))).nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
-    best, winner = squared.min(dim=-1)
+    handicap = [1.0 if c.keep_all else DROP_HANDICAP for c in CANDIDATES]
+    winner = (squared * _constant(tuple(handicap), squared.device)).argmin(dim=-1, keepdim=True)
+    best, winner = squared.gather(-1, winner).squeeze(-1), winner.squeeze(-1)
     densities = _constant(ladder, best.device)
     if fixed:
         density = densities.expand(best.shape[:2] + (1,)).squeeze(-1)

@@ -46,8 +46,8 @@ class PSAConfig:
         tile_n: KV rows a kernel handles at a time; must divide ``block_n``. Default ``min(32, block_n)``.
         mask_mode: how importance becomes levels: ``"topk"``, ``"thresholdbound"`` (the published modes, with
             ``mask_ratios``), ``"proportional"`` (with ``density`` or ``tau``) or ``"auto"``, which chooses exponent,
-            keep_all, bias_cap and slope per head by probes. Default: topk with ``mask_ratios``, proportional with
-            ``tau``, else auto.
+            keep_all, bias_cap and slope per head by probes. Default: topk with ``mask_ratios``, proportional with any
+            of ``tau``, ``bias``, ``exponent`` and ``keep_all``, else auto.
         mask_ratios: level -> (lo, hi), cumulative bounds in [0, 1]; level 0 is skipped.
         density: mean of 1/level over block pairs, in (0, 1].
         exponent: in proportional mode, rows are kept in proportion to importance ** exponent.
@@ -131,8 +131,11 @@ class PSAConfig:
             changes = {"mask_mode": "proportional", **changes}
         if "target_error" in changes and self.mask_mode != "auto":
             changes = {"mask_mode": "auto", **changes}
+        fixed = {"bias", "exponent", "keep_all"} & changes.keys() or self.bias != "count"
+        if fixed and self.mask_mode == "auto":
+            changes = {"mask_mode": "proportional", **changes}
         if "density" in changes and self.mask_mode not in ("proportional", "auto"):
-            changes = {"mask_mode": "auto", **changes}
+            changes = {"mask_mode": "proportional" if fixed else "auto", **changes}
         mode = changes.get("mask_mode", self.mask_mode)
         if mode != self.mask_mode:
             changes = {"slope": None, "sort_keys": None, **changes}
@@ -176,7 +179,9 @@ class PSAConfig:
     def _resolve_mode(self) -> None:
         mode = self.mask_mode
         if mode is None:
-            mode = "proportional" if self.tau is not None else "topk" if self.mask_ratios is not None else "auto"
+            fixed = self.tau is not None or self.bias != "count" or self.exponent != 1.0 or self.keep_all is not True
+            published = self.mask_ratios is not None and self.density is None
+            mode = "topk" if published else "proportional" if fixed else "auto"
         if mode not in MASK_MODES:
             raise ConfigError(f"mask_mode: {mode!r} is unknown{nearest(mode, MASK_MODES)}")
         object.__setattr__(self, "mask_mode", mode)

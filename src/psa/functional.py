@@ -14,6 +14,7 @@ from .plan import Plan
 from .reorder import Permutation, SemanticState, reorder
 from .reorder.keys import key_order
 from .slope import slope_correction
+from .state import ProbeState
 
 Grid = tuple[int, int, int]
 
@@ -112,7 +113,9 @@ def make_plan(
     key_mask: Tensor | None = None,
     importance: Tensor | None = None,
     state: SemanticState | None = None,
-    choice: Tensor | None = None,
+    probes: ProbeState | None = None,
+    layer: object = 0,
+    step: int | None = None,
 ) -> Plan:
     """Stages 2 to 4, exported as ``psa.plan``: token order, importance and levels.
 
@@ -122,7 +125,8 @@ def make_plan(
         v: lets the automatic mode probe; without v it takes a fixed setting, and no error is known.
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
         state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
-        choice: float32 [B, H, 4], ``plan.choice`` of an earlier plan: the automatic mode then does not probe.
+        probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
+            state says; without, it probes.
     """
     q, k = _autocast(q, k)
     v = None if v is None else _autocast(v)[0]
@@ -135,8 +139,8 @@ def make_plan(
     if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
         permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
     mask_in_order = key_mask
-    if settings.sort_keys and settings.type == "psa" and not is_causal and key_mask is None:
-        permutation = _with_sorted_keys(q, k, permutation, settings.block_n)
+    if settings.sort_keys and settings.type == "psa" and not is_causal:
+        permutation = _with_sorted_keys(q, k, key_mask, permutation, settings.block_n)
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
         v = None if v is None else permutation.apply_k(v)
@@ -144,13 +148,23 @@ def make_plan(
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
-    if choice is not None:
-        check_choice(choice, q)
-        choice = choice[..., :3].contiguous()
+    if settings.mask_mode != "auto" or step is None:
+        probes = None
+    choice = probes.choice(layer, step, settings, q) if probes is not None and step is not None else None
     levels, power, caps, pairs, slope, chosen = ops.select(
-        q, k, v, importance, mask_in_order, choice, settings.key, scale, is_causal, text_length, text_position
+        q,
+        k,
+        v,
+        importance,
+        mask_in_order,
+        None if choice is None else choice[..., :3].contiguous(),
+        settings.key,
+        scale,
+        is_causal,
+        text_length,
+        text_position,
     )
-    return Plan(
+    plan = Plan(
         levels,
         settings.block_m,
         settings.block_n,
@@ -168,6 +182,9 @@ def make_plan(
         text=(text_length, text_position),
         reorder_state=next_state,
     )
+    if probes is not None and step is not None:
+        probes.record(layer, step, plan, choice)
+    return plan
 
 
 def attend(
@@ -355,14 +372,6 @@ def check_importance(importance: Tensor, q: Tensor, blocks: tuple[int, int]) -> 
         raise ShapeError(f"importance: expected floats [1|{q.shape[0]}, 1|{q.shape[1]}, *{list(blocks)}], got {got}")
 
 
-def check_choice(choice: Tensor, q: Tensor) -> None:
-    """Raises ShapeError unless ``choice`` is a plan's, float32 [B, H, 4], for this batch and these heads."""
-    expected = [*q.shape[:2], 4]
-    if not isinstance(choice, Tensor) or list(choice.shape) != expected or choice.device != q.device:
-        got = f"{list(choice.shape)} on {choice.device}" if isinstance(choice, Tensor) else type(choice).__name__
-        raise ShapeError(f"choice: expected float32 {expected} on {q.device}, got {got}")
-
-
 def check_plan(plan: Plan, q: Tensor, k: Tensor, is_causal: bool) -> None:
     """Raises unless the plan was made for tensors of these shapes and this causality."""
     if not isinstance(plan, Plan):
@@ -409,14 +418,16 @@ def _permutation(
     )
 
 
-def _with_sorted_keys(q: Tensor, k: Tensor, base: Permutation | None, block_n: int) -> Permutation:
+def _with_sorted_keys(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, base: Permutation | None, block_n: int
+) -> Permutation:
     """``base`` with the keys of every block sorted, per head."""
-    in_order = (q, k) if base is None else (base.apply_q(q), base.apply_k(k))
-    order = key_order(*(x.detach() for x in in_order), block_n)
     if base is None:
+        order = key_order(q.detach(), k.detach(), key_mask, block_n)
         return Permutation(torch.arange(q.shape[2], device=q.device), order)
-    keys = base.k_order.expand(order.shape[0], order.shape[1], -1)
-    return Permutation(base.q_order, keys.gather(-1, order))
+    key_mask = None if key_mask is None else base.apply_k_mask(key_mask)
+    order = key_order(q.detach(), base.apply_k(k).detach(), key_mask, block_n)
+    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MAX_LEVEL
-from .pyramid import group_counts, group_means, group_variances
+from .pyramid import group_means, group_variances
 from .slope import slope_basis
 
 CHUNK = 1 << 26

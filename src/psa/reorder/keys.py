@@ -12,11 +12,13 @@ DIRECTIONS = 8
 
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
-def key_order(q: Tensor, k: Tensor, block_n: int) -> Tensor:
-    """The order of keys within blocks: int64 [B, Hkv, Lk], a permutation of each whole block; the tail block stays.
+def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Tensor:
+    """The order of keys within blocks: int64 [B, Hkv, Lk], a permutation of each block. A block that is cut by the end of
+    the sequence or holds a masked token stays as it is, so that all heads agree where the masked tokens are.
 
     Each block is halved again and again along the coordinate in which its part spreads most (a k-d tree), so that at
-    every level neighbours are close. Channels count by the queries' mean square. q [B, H, Lq, D], k [B, Hkv, Lk, D].
+    every level neighbours are close. Channels count by the queries' mean square. q [B, H, Lq, D], k [B, Hkv, Lk, D],
+    key_mask bool [B, Lk].
     """
     batch, kv_heads, length, _ = k.shape
     whole = length // block_n * block_n
@@ -26,6 +28,9 @@ def key_order(q: Tensor, k: Tensor, block_n: int) -> Tensor:
     power = q.float().square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
     blocks = (k[:, :, :whole].float() * power.sqrt()[:, :, None]).unflatten(2, (-1, block_n))
     blocks = torch.nan_to_num(blocks - blocks.mean(3, keepdim=True), posinf=0.0, neginf=0.0)
+    if key_mask is not None:
+        stays = ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
+        blocks = blocks.masked_fill(stays[:, None, :, None, None], 0.0)
     points = blocks.flatten(2, 3) @ _main_directions(blocks)
     local = order[..., :whole].clone()
     size = block_n
@@ -41,7 +46,7 @@ def key_order(q: Tensor, k: Tensor, block_n: int) -> Tensor:
 
 
 @key_order.register_fake
-def _(q, k, block_n):
+def _(q, k, key_mask, block_n):
     return k.new_empty(k.shape[:3], dtype=torch.int64)
 
 
@@ -65,12 +70,14 @@ def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
     return basis
 
 
-def _vmap(info, dims, q, k, block_n):
-    q, k = (
-        x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape)
-        for x, d in zip((q, k), dims, strict=False)
-    )
-    return key_order(q.flatten(0, 1), k.flatten(0, 1), block_n).unflatten(0, (info.batch_size, -1)), 0
+def _vmap(info, dims, q, k, key_mask, block_n):
+    folded = []
+    for x, dim in zip((q, k, key_mask), dims, strict=False):
+        if x is not None:
+            x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+            x = x.flatten(0, 1)
+        folded.append(x)
+    return key_order(*folded, block_n).unflatten(0, (info.batch_size, -1)), 0
 
 
 torch.library.register_vmap(key_order, _vmap)
