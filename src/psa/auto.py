@@ -15,12 +15,13 @@ from .allocate import BlockMask, allocate_levels
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
-CAPS = (1.0, 4.0)
+CAPS = (1.5,)
 """Upper bounds of the variance bias, in nats, that candidates choose from."""
 CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
 DROP_HANDICAP = 1.2
 """Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
+TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
 
@@ -40,7 +41,7 @@ class Candidate:
         return " ".join(part for part in (*parts, "slope" if self.slope else "") if part)
 
 
-ALLOCATIONS = ((1.0, True), (0.75, True), (0.75, False), (1.0, False), (1.5, True), (2.0, True))
+ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False))
 CANDIDATES = tuple(
     Candidate(exponent, keep, cap, slope)
     for exponent, keep in ALLOCATIONS
@@ -86,10 +87,10 @@ class Layer:
     is_causal: bool
     key_mask: Tensor | None
 
-    def errors(self, rows: Rows, scored: Scored) -> Tensor:
-        """Squared errors relative to the exact output's norm: [B, H, C], and the norms [B, H]."""
+    def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Squared errors [B, H, S, C] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
         assert self.v is not None
-        errors, norms = row_errors(
+        return row_errors(
             self.q,
             self.k,
             self.v,
@@ -100,7 +101,9 @@ class Layer:
             is_causal=self.is_causal,
             key_mask=self.key_mask,
         )
-        return torch.stack([errors, norms[..., None].expand_as(errors)])
+
+    def sample(self, salt: int, count: int) -> Rows:
+        return sample_rows(self.q.shape[2], self.config.block_m, self.q.shape[1], count, salt, self.q.device)
 
 
 @torch.no_grad()
@@ -127,7 +130,7 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
     levels = allocate(layer, layer.importance, layer.mask, choice)
     slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
     shares = slope_shares(layer.importance, levels, slope)
-    if given is None and layer.v is not None:
+    if given is None and layer.v is not None and len(ladder(layer.config)) > 1:
         error = measure(layer, levels, shares, choice)
         choice = Choice(choice.candidate, choice.density, error)
     caps = _table(CAPS, _table([c.cap for c in CANDIDATES], choice.candidate))
@@ -152,35 +155,46 @@ def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) 
 
 def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Importance times N where a pooled block of a head is to be corrected, else 0: float16, shape of ``levels``."""
-    rows = importance / importance.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rows = importance / importance.sum(-1, keepdim=True).clamp(min=TINY)
     rows = (rows * importance.shape[-1]).clamp(max=6e4).masked_fill(levels <= 1, 0.0)
     if wanted is not None:
         rows = rows * wanted[..., None, None]
     return rows.to(torch.float16)
 
 
+def ladder(config: PSAConfig) -> tuple[float, ...]:
+    """The densities that have to be probed: the budget alone, or a curve for a target or a shared budget."""
+    if config.target_error is None and not config.share_heads:
+        return (float(config.density or config.max_density),)
+    top = config.max_density if config.density is None else 1.0
+    return (*(d for d in LADDER if 1.0 / config.max_level <= d < top), top)
+
+
 def choose(layer: Layer) -> Choice:
-    """The best candidate of every head by probes, at the densities that budget or target call for."""
+    """The best candidate of every head by probes, at the densities that budget or target call for.
+
+    Every other sampled query block takes part in the choice. With one density the rest measure the error; with several
+    the error is left open (NaN), to be measured at the density that comes out.
+    """
     config = layer.config
-    heads = layer.q.shape[1]
-    rows = sample_rows(layer.q.shape[2], config.block_m, heads, config.probe_rows, 0, layer.q.device)
-    fixed = config.target_error is None and not config.share_heads
-    floor = 1.0 / config.max_level
-    if fixed:
-        ladder = (float(config.density or config.max_density),)
-    else:
-        top = config.max_density if config.density is None else 1.0
-        ladder = tuple(d for d in LADDER if floor <= d < top) + (top,)
-    squared, norms = layer.errors(rows, _scored(layer, rows, ladder))
-    squared = squared.unflatten(-1, (len(ladder), len(CANDIDATES))).nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
-    handicap = [1.0 if c.keep_all else DROP_HANDICAP for c in CANDIDATES]
-    winner = (squared * _constant(tuple(handicap), squared.device)).argmin(dim=-1, keepdim=True)
-    best, winner = squared.gather(-1, winner).squeeze(-1), winner.squeeze(-1)
-    densities = _constant(ladder, best.device)
-    if fixed:
-        density = densities.expand(best.shape[:2] + (1,)).squeeze(-1)
-    elif config.target_error is not None:
-        density = smallest_density(best.sqrt() / norms[..., :1].sqrt(), densities, config.target_error)
+    steps = ladder(config)
+    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
+    squared, norms = layer.errors(rows, _scored(layer, rows, steps))
+    squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).unflatten(-1, (len(steps), len(CANDIDATES)))
+    part = slice(0, None, 2) if len(steps) == 1 and squared.shape[2] > 1 else slice(None)
+    chosen_by, norm = squared[:, :, part].sum(2), norms[:, :, part].sum(2)
+    handicap = _constant(tuple(1.0 if c.keep_all else DROP_HANDICAP for c in CANDIDATES), squared.device)
+    winner = (chosen_by * handicap).argmin(dim=-1, keepdim=True)
+    best = chosen_by.gather(-1, winner).squeeze(-1)
+    winner = winner.squeeze(-1)
+    densities = _constant(steps, best.device)
+    if len(steps) == 1:
+        rest = slice(1, None, 2) if squared.shape[2] > 1 else slice(None)
+        error = squared[:, :, rest, 0].sum(2).gather(-1, winner)
+        error = (error / norms[:, :, rest].sum(2)[..., None].clamp(min=TINY)).sqrt()
+        return Choice(winner.squeeze(-1), torch.zeros_like(norm) + steps[0], error.squeeze(-1))
+    if config.target_error is not None:
+        density = smallest_density((best / norm[..., None].clamp(min=TINY)).sqrt(), densities, config.target_error)
     else:
         density = shared_densities(best, densities, float(config.density or config.max_density))
     nearest = (density[..., None].log() - densities.log()).abs().argmin(-1, keepdim=True)
@@ -189,8 +203,7 @@ def choose(layer: Layer) -> Choice:
 
 def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice) -> Tensor:
     """The relative error of the plan itself on fresh rows, [B, H]."""
-    config = layer.config
-    rows = sample_rows(layer.q.shape[2], config.block_m, layer.q.shape[1], config.probe_rows, 1, layer.q.device)
+    rows = layer.sample(1, -(-layer.config.probe_rows // 2))
     scored = Scored(
         _rows_of(levels, rows)[:, :, :, None],
         _table([c.cap for c in CANDIDATES], choice.candidate)[..., None],
@@ -198,7 +211,7 @@ def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice) -> Ten
         _rows_of(shares, rows)[:, :, :, None],
     )
     squared, norms = layer.errors(rows, scored)
-    return (squared / norms.clamp(min=torch.finfo(torch.float32).tiny)).sqrt().squeeze(-1)
+    return (squared[..., 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
 
 
 def smallest_density(errors: Tensor, densities: Tensor, target: float) -> Tensor:
@@ -247,22 +260,19 @@ def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
     """Every candidate at every density of the ladder, on the sampled query blocks."""
     importance = _rows_of(layer.importance, rows)
     mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
-    shape = importance.shape[:2]
-    zero = torch.zeros(shape, device=importance.device)
-    levels: dict[tuple[float, bool], Tensor] = {}
+    zero = torch.zeros(importance.shape[:2], device=importance.device)
     columns, shares = [], []
     for density in ladder:
-        levels.clear()
-        for candidate in CANDIDATES:
+        levels: dict[tuple[float, bool], Tensor] = {}
+        for number, candidate in enumerate(CANDIDATES):
             key = (candidate.exponent, candidate.keep_all)
             if key not in levels:
-                index = zero.long() + CANDIDATES.index(candidate)
-                levels[key] = allocate(layer, importance, mask, Choice(index, zero + density, zero))
+                levels[key] = allocate(layer, importance, mask, Choice(zero.long() + number, zero + density, zero))
             columns.append(levels[key])
-            shares.append(slope_shares(importance, levels[key], torch.full_like(zero, float(candidate.slope))))
+            shares.append(slope_shares(importance, levels[key], zero + float(candidate.slope)))
     caps = _constant(tuple(c.cap for c in CANDIDATES) * len(ladder), importance.device)
     values = _constant(CAPS, importance.device)[None, None]
-    return Scored(torch.stack(columns, 3), caps.expand(*shape, -1), values, torch.stack(shares, 3))
+    return Scored(torch.stack(columns, 3), caps.expand(*zero.shape, -1), values, torch.stack(shares, 3))
 
 
 def _rows_of(x: Tensor, rows: Rows) -> Tensor:
@@ -276,7 +286,11 @@ def _table(values: Sequence[float], index: Tensor) -> Tensor:
     return _constant(tuple(values), index.device)[index]
 
 
-@lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A small table on the device, made once, so that captured graphs copy nothing from the host."""
+    return _made_once(values, type(values[0]), device)
+
+
+@lru_cache(maxsize=64)
+def _made_once(values: tuple[float, ...], kind: type, device: torch.device) -> Tensor:
+    """A small table on the device, so that captured graphs copy nothing from the host. kind: 1 and True hash alike."""
     return torch.tensor(values, device=device)

@@ -91,7 +91,7 @@ class PSAConfig:
     share_heads: bool = False
     target_error: float | None = None
     max_density: float = 1.0
-    probe_rows: int = 64
+    probe_rows: int = 48
     probe_every: int = 10
     probe_drift: float = 0.25
     slope: bool | None = None

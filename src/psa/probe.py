@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .config import MAX_LEVEL
-from .pyramid import group_means, group_variances
 from .slope import slope_basis
 
 CHUNK = 1 << 26
@@ -84,14 +83,14 @@ def row_errors(
     q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
 
     Returns:
-        errors float32 [B, H, C], norms float32 [B, H].
+        errors float32 [B, H, S, C], norms float32 [B, H, S], sums over the R rows of a query block.
     """
     batch, heads, _, dim = q.shape
     groups = heads // k.shape[1]
     strata, each = rows.rows.shape[1:]
     candidates = scored.levels.shape[3]
-    errors = torch.zeros(batch, heads, candidates, device=q.device)
-    norms = torch.zeros(batch, heads, device=q.device)
+    errors = torch.zeros(batch, heads, strata, candidates, device=q.device)
+    norms = torch.zeros(batch, heads, strata, device=q.device)
     levels_count = int(math.log2(min(block_n, MAX_LEVEL))) + 1
     sets = 1 + scored.cap_values.shape[-1] * (levels_count - 1) + 2
     row_cost = each * (k.shape[2] * 8 + -(-k.shape[2] // block_n) * (dim + 1) * 2 * sets)
@@ -107,14 +106,15 @@ def row_errors(
             for first in range(0, strata, step):
                 part = slice(first, first + step)
                 index = rows.rows[h, part]
-                pieces, exact = pyramid.pieces(q[b, h].float()[index], index, scale, bias, is_causal, q.shape[2])
+                queries = q[b, h][index].float()
+                pieces, exact = pyramid.pieces(queries, index, scale, bias, is_causal, q.shape[2])
                 weights = _weights(scored, b, h, part, levels_count)
-                out = weights @ pieces.flatten(1, 2).flatten(2)
+                out = weights @ pieces.flatten(0, 1).transpose(0, 1).flatten(2)
                 out = out.unflatten(-1, (each, dim + 1))
                 mass = out[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
-                out = out[..., :-1] / mass + scale * pyramid.slope(q[b, h].float()[index], scored, b, h, part)
-                errors[b, h] += (out - exact[:, None]).square().sum((0, 2, 3))
-                norms[b, h] += exact.square().sum()
+                out = out[..., :-1] / mass + scale * pyramid.slope(queries, scored, b, h, part)
+                errors[b, h, part] = (out - exact[:, None]).square().sum((2, 3))
+                norms[b, h, part] = exact.square().sum((1, 2))
     return errors, norms
 
 
@@ -137,56 +137,68 @@ class _Pyramid:
     def __init__(self, k: Tensor, v: Tensor, block_n: int, count: int, mask: Tensor | None) -> None:
         pad = (0, 0, 0, -k.shape[2] % block_n)
         real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-        self.real = torch.nn.functional.pad(real, (0, pad[3]))
-        self.tokens, self.block_n, self.count = k.shape[2], block_n, count
-        self.k = torch.nn.functional.pad(k.float(), pad)
-        self.v = torch.nn.functional.pad(v.float(), pad)
-        self.blocks = self.k.shape[2] // block_n
-        self.covariance, self.mix = slope_basis(self.k, self.v, block_n, self.real)
+        real = torch.nn.functional.pad(real, (0, pad[3]))
+        keys, values = (torch.nn.functional.pad(x.float(), pad) for x in (k, v))
+        self.real, self.tokens, self.count = real[0], k.shape[2], count
+        self.k, self.blocks = keys[0, 0], keys.shape[2] // block_n
+        padded = mask is not None or bool(pad[3])
+        self.moments, self.mix = slope_basis(keys, values, block_n, real if padded else None)
+        self.counts = [real[0].float()]
+        values = values.masked_fill(~real[:, None, :, None], 0.0)[0, 0]
+        self.values = [torch.nn.functional.pad(values, (0, 1), value=1.0).unflatten(0, (self.blocks, -1))]
+        for _ in range(1, count):
+            self.counts.append(self.counts[-1].unflatten(0, (-1, 2)).sum(-1))
+            values = values.unflatten(0, (-1, 2)).sum(1)
+            means = values / self.counts[-1].clamp(min=1)[:, None]
+            self.values.append(torch.nn.functional.pad(means, (0, 1), value=1.0).unflatten(0, (self.blocks, -1)))
 
     def variance_bias(self, power: Tensor, scale: float, caps: Tensor) -> list[Tensor]:
         """The factor exp(bias) of every group, [K, groups], for every level above 1 and every cap."""
+        top = self.k.shape[0] // self.counts[-1].shape[0]
+        weight = self.counts[0][:, None]
+        sums = self.k * weight
+        centre = sums.unflatten(0, (-1, top)).sum(1) / self.counts[-1].clamp(min=1)[:, None]
+        sums = (sums - centre.repeat_interleave(top, dim=0)) * weight
+        energy = sums.square() @ power
         factors = []
-        for e in range(1, self.count):
-            spread = group_variances(self.k, 1 << e, self.real)[0, 0] @ (0.5 * scale**2 * power)
-            factors.append(torch.minimum(spread[None, :], caps[:, None]).exp())
+        for counts in self.counts[1:]:
+            sums, energy = sums.unflatten(0, (-1, 2)).sum(1), energy.unflatten(0, (-1, 2)).sum(1)
+            spread = energy / counts.clamp(min=1) - sums.square() @ power / counts.clamp(min=1).square()
+            factors.append(torch.minimum(0.5 * scale**2 * spread.clamp(min=0)[None, :], caps[:, None]).exp())
         return factors
 
     def pieces(
         self, queries: Tensor, index: Tensor, scale: float, factors: list[Tensor], is_causal: bool, length_q: int
     ) -> tuple[Tensor, Tensor]:
-        """Unnormalised outputs with their mass as a last channel, [S, P, N, R, D + 1], and exact outputs [S, R, D]."""
-        logits = scale * queries @ self.k[0, 0].mT
-        hidden = ~self.real[0]
-        position = None
-        if is_causal:
-            position = index + self.tokens - length_q
-            hidden = hidden | (torch.arange(self.k.shape[2], device=index.device) > position[..., None])
-        seen = logits.masked_fill(hidden, -torch.inf)
+        """Unnormalised outputs with their mass as a last channel, [P, N, S, R, D + 1], and exact outputs [S, R, D]."""
+        shape = queries.shape[:2]
+        logits = (scale * queries).flatten(0, 1) @ self.k.mT
+        position = (index + self.tokens - length_q).flatten()[:, None] if is_causal else None
+        seen = self._hide(logits, 0, position)
         peak = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        pieces = [self._blocks((seen - peak).exp(), 1)]
-        pooled = (logits * self.real[0]).nan_to_num()
-        counts = self.real[0].float()
-        total = pieces[0].sum(1)
-        exact = total[..., :-1] / total[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
-        coarse = []
+        sets = 1 + len(factors[0]) * (self.count - 1)
+        out = queries.new_empty(sets, self.blocks, logits.shape[0], queries.shape[-1] + 1)
+        self._fill(out[0], (seen - peak).exp_(), 0)
+        total = out[0].sum(0)
+        exact = total[:, :-1] / total[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        pooled = logits * self.counts[0]
         for e in range(1, self.count):
             pooled = pooled.unflatten(-1, (-1, 2)).sum(-1)
-            counts = counts.unflatten(-1, (-1, 2)).sum(-1)
-            weight = (pooled / counts.clamp(min=1) - peak).exp() * counts
-            if position is not None:
-                last = ((torch.arange(counts.shape[0], device=index.device) + 1) << e).clamp(max=self.tokens) - 1
-                weight = weight.masked_fill(last > position[..., None], 0.0)
-            coarse.append([self._blocks(weight * factor, 1 << e) for factor in factors[e - 1]])
-        pieces += [level[cap] for cap in range(len(coarse[0])) for level in coarse]
-        return torch.stack(pieces, dim=1), exact
+            weight = (self._hide(pooled / self.counts[e].clamp(min=1), e, position) - peak).exp_() * self.counts[e]
+            for number, factor in enumerate(factors[e - 1]):
+                self._fill(out[number * (self.count - 1) + e], weight * factor, e)
+        return out.unflatten(2, shape), exact.unflatten(0, shape)
 
-    def _blocks(self, weight: Tensor, level: int) -> Tensor:
-        """Σ over a block's groups of weight · (mean value, 1): [S, R, groups] -> [S, N, R, D + 1]."""
-        values = group_means(self.v, level, self.real)[0, 0]
-        values = torch.nn.functional.pad(values, (0, 1), value=1.0).unflatten(0, (self.blocks, -1))
-        rows = weight.flatten(0, 1).unflatten(-1, (self.blocks, -1)).transpose(0, 1) @ values
-        return rows.unflatten(1, weight.shape[:2]).transpose(0, 1)
+    def _hide(self, logits: Tensor, e: int, position: Tensor | None) -> Tensor:
+        hidden = self.counts[e] == 0
+        if position is not None:
+            last = ((torch.arange(logits.shape[-1], device=logits.device) + 1) << e).clamp(max=self.tokens) - 1
+            hidden = hidden | (last > position)
+        return logits.masked_fill(hidden, -torch.inf)
+
+    def _fill(self, out: Tensor, weight: Tensor, e: int) -> None:
+        """Σ over each block's groups of weight · (mean value, 1): weight [rows, groups] into out [N, rows, D + 1]."""
+        torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), self.values[e], out=out)
 
     def slope(self, queries: Tensor, scored: Scored, b: int, h: int, part: slice) -> Tensor:
         """q_i C_m of every selection: [S, C, R, D]."""
@@ -194,6 +206,9 @@ class _Pyramid:
         index = levels.float().clamp(min=1).log2().long()
         mix = self.mix[0, 0].transpose(0, 1)[None, None].expand(*index.shape[:2], -1, -1, -1)
         weight = mix.gather(2, index[:, :, None, :, None].expand(-1, -1, 1, -1, 2)).squeeze(2)
-        weight = (weight * (shares / self.blocks)[..., None]).flatten(2)
-        turned = torch.einsum("srd,nbde->snbre", queries, self.covariance[0, 0])
-        return (weight @ turned.flatten(1, 2).flatten(2)).unflatten(-1, queries.shape[1:])
+        weight = weight * (shares / self.blocks)[..., None]
+        out = torch.zeros((), device=queries.device)
+        for number, moment in enumerate(self.moments):
+            turned = (queries.flatten(0, 1) @ moment[0, 0]).unflatten(1, queries.shape[:2]).transpose(0, 1)
+            out = out + weight[..., number] @ turned.flatten(2)
+        return out.unflatten(-1, queries.shape[1:])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import MAX_LEVEL
-from .pyramid import group_counts, group_means, group_sums
+from .pyramid import group_sums
 from .schedule import level_index
 
 FINE = 4
@@ -26,59 +26,68 @@ CHUNK = 1 << 24
 """Covariance elements held at a time (64 MB in float32)."""
 
 
-def slope_basis(k: Tensor, v: Tensor, block_n: int, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Covariances of key and value within groups, and how to mix them for every level.
+def slope_basis(
+    k: Tensor, v: Tensor, block_n: int, key_mask: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Two cross moments of key and value per block, and how to mix them into the covariance within groups of a level.
 
     Args:
         k, v: [B, Hkv, Lk, D] in plan order.
 
     Returns:
-        covariance: [B, Hkv, N, 2, D, D], mean over a block's real tokens of (k - k̄_g)ᵀ v, for groups of FINE and for
-            the whole block (or 128 tokens, the largest group).
-        mix: float32 [B, Hkv, N, E, 2], zero for level 1.
+        moments: (whole, between), each [B, Hkv, N, D, D]: Σ (k - k̄)ᵀ v over a block's real tokens, and the part of it
+            that lies between the means of groups of FINE.
+        mix: float32 [B, Hkv, N, E, 2], zero for level 1; the covariance of level 2**e is ``Σ_i mix[e, i] moments[i]``.
     """
     top = min(block_n, MAX_LEVEL)
-    pad = (0, 0, 0, -k.shape[2] % block_n)
-    keys, values = torch.nn.functional.pad(k, pad), torch.nn.functional.pad(v, pad)
-    real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
-    real = torch.nn.functional.pad(real, (0, pad[3]))
-    weight = real[:, None, :, None].to(k.dtype)
-    counts = group_counts(real.shape[1], block_n, real, like=k).clamp(min=1)[:, None, :, None, None]
-    keys = (keys - group_means(keys, top, real).repeat_interleave(top, dim=2)) * weight
-    values = values * weight
-    whole = _blockwise(keys, values, block_n)
-    scaled = _scaled_sums(keys, FINE, real)
-    between = _blockwise(scaled, _scaled_sums(values, FINE, real), block_n // FINE)
-    return torch.stack([whole - between, whole], dim=3) / counts[..., None], _mix(keys.detach().float(), real, block_n)
+    pad = -k.shape[2] % block_n
+    real = None
+    if pad or key_mask is not None:
+        mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
+        real = torch.nn.functional.pad(mask, (0, pad))
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
+    groups = k.unflatten(2, (-1, top))
+    count = top if real is None else real.unflatten(1, (-1, top)).sum(-1).clamp(min=1)[:, None, :, None, None]
+    centred = groups - groups.sum(3, keepdim=True) / count
+    if real is not None:
+        centred = centred * real.unflatten(1, (-1, top))[:, None, :, :, None]
+    keys = centred.flatten(2, 3)
+    fine_keys, fine_values = group_sums(keys, FINE), group_sums(v, FINE)
+    if real is None:
+        fine_keys = fine_keys / FINE
+    else:
+        fine_keys = fine_keys / real.unflatten(1, (-1, FINE)).sum(-1).clamp(min=1)[:, None, :, None]
+    moments = (_blockwise(keys, v, block_n), _blockwise(fine_keys, fine_values, block_n // FINE))
+    return moments, _mix(keys.detach().float(), real, block_n)
 
 
 def _blockwise(a: Tensor, b: Tensor, rows: int) -> Tensor:
     return a.unflatten(2, (-1, rows)).mT @ b.unflatten(2, (-1, rows))
 
 
-def _scaled_sums(x: Tensor, level: int, real: Tensor) -> Tensor:
-    """Sums over groups divided by the root of their counts: products of two are count · mean · mean."""
-    return group_sums(x, level) * group_counts(x.shape[2], level, real, like=x).clamp(min=1).rsqrt()[:, None, :, None]
-
-
-def _mix(centred: Tensor, real: Tensor, block_n: int) -> Tensor:
-    """Weights of the two covariances per level, by the share of the keys' spread within its groups."""
-    count = int(math.log2(min(block_n, MAX_LEVEL))) + 1
+def _mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
+    """Weights of the two moments per level, by the share of the keys' spread that lies within its groups."""
+    levels = int(math.log2(min(block_n, MAX_LEVEL))) + 1
     fine = int(math.log2(FINE))
-    sums, tokens, between = centred, real.float(), []
-    for e in range(count):
+    tokens = None if real is None else real.float()[:, None]
+    sums, between = centred, []
+    for e in range(levels):
         if e:
-            sums, tokens = group_sums(sums, 2), tokens.unflatten(-1, (-1, 2)).sum(-1)
-        energy = sums.square().sum(-1) / tokens.clamp(min=1)[:, None]
+            sums = group_sums(sums, 2)
+            tokens = None if tokens is None else tokens.unflatten(-1, (-1, 2)).sum(-1)
+        energy = sums.square().sum(-1) / (1 << e if tokens is None else tokens.clamp(min=1))
         between.append(energy.unflatten(-1, (-1, block_n >> e)).sum(-1))
     within = (between[0][..., None] - torch.stack(between, dim=-1)).clamp(min=0)
     at_fine, at_top = within[..., fine, None], within[..., -1, None]
     tiny = torch.finfo(torch.float32).tiny
     coarse = ((within - at_fine) / (at_top - at_fine).clamp(min=tiny)).clamp(0, 1)
     small = (within / at_fine.clamp(min=tiny)).clamp(0, 1)
-    index = torch.arange(count, device=centred.device)
-    mix = torch.stack([torch.where(index <= fine, small, 1 - coarse), torch.where(index <= fine, 0.0, coarse)], -1)
-    return mix * (index > 0)[:, None]
+    index = torch.arange(levels, device=centred.device)
+    fines = torch.where(index <= fine, small, 1 - coarse)
+    wholes = torch.where(index <= fine, small, torch.ones_like(small))
+    mix = torch.stack([wholes, -fines], dim=-1) * (index > 0)[:, None]
+    size = block_n if real is None else real.unflatten(1, (-1, block_n)).sum(-1).clamp(min=1)[:, None, :, None, None]
+    return mix / size
 
 
 def slope_correction(
@@ -112,14 +121,14 @@ def slope_correction(
             heads = slice(first * groups, min(first + step, kv_heads) * groups)
             mask = None if key_mask is None else key_mask[b : b + 1]
             part_k, part_v = (x[b : b + 1, first : first + step].to(dtype) for x in (k, v))
-            covariance, mix = slope_basis(part_k, part_v, block_n, mask)
+            moments, mix = slope_basis(part_k, part_v, block_n, mask)
             chosen = index[b, heads]
             per_head = mix[0].repeat_interleave(groups, dim=0)[:, None].expand(-1, blocks_q, -1, -1, -1)
             weight = per_head.gather(3, chosen[..., None, None].expand(*chosen.shape, 1, 2)).squeeze(3)
-            weight = weight * (shares[b, heads].float() / blocks_k)[..., None]
-            flat = covariance[0].flatten(1, 2).flatten(2)
-            weight = weight.to(dtype).flatten(2).unflatten(0, (-1, groups)).flatten(1, 2)
-            matrix = (weight @ flat).unflatten(-1, (dim, dim)).unflatten(1, (groups, blocks_q)).flatten(0, 1)
+            weight = (weight * (shares[b, heads].float() / blocks_k)[..., None]).to(dtype)
+            weight = weight.unflatten(0, (-1, groups)).flatten(1, 2)
+            matrix = weight[..., 0] @ moments[0][0].flatten(2) + weight[..., 1] @ moments[1][0].flatten(2)
+            matrix = matrix.unflatten(-1, (dim, dim)).unflatten(1, (groups, blocks_q)).flatten(0, 1)
             rows = torch.nn.functional.pad(q[b, heads].to(dtype), (0, 0, 0, missing)).unflatten(1, (blocks_q, block_m))
             out.append((scale * rows @ matrix).flatten(1, 2)[:, : q.shape[2]])
     return torch.cat(out).view(q.shape).to(q.dtype)

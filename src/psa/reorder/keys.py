@@ -31,16 +31,17 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
     if key_mask is not None:
         stays = ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
         blocks = blocks.masked_fill(stays[:, None, :, None, None], 0.0)
-    points = blocks.flatten(2, 3) @ _main_directions(blocks)
+    points = (blocks.flatten(2, 3) @ _main_directions(blocks)).mT.contiguous()
     local = order[..., :whole].clone()
     size = block_n
     while size > 1:
-        parts = points.unflatten(2, (-1, size))
-        axis = parts.var(3, correction=0).argmax(-1)[..., None, None]
-        along = parts.gather(-1, axis.expand(*parts.shape[:-1], 1)).squeeze(-1)
+        parts = points.unflatten(3, (-1, size))
+        spread = parts.square().mean(-1) - parts.mean(-1).square()
+        axis = spread.argmax(2, keepdim=True)[..., None]
+        along = parts.gather(2, axis.expand(-1, -1, -1, -1, size)).squeeze(2)
         rank = along.sort(dim=-1, stable=True).indices
         local = local.unflatten(2, (-1, size)).gather(-1, rank).flatten(2)
-        points = parts.gather(3, rank[..., None].expand_as(parts)).flatten(2, 3)
+        points = parts.gather(4, rank[:, :, None].expand_as(parts)).flatten(3)
         size //= 2
     return torch.cat([local, order[..., whole:]], dim=-1)
 
