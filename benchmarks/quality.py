@@ -8,6 +8,7 @@ each block pair; "ours" is what the library estimates. Tables are rendered by ``
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -46,7 +47,7 @@ class Bench:
             rearrange_method="Gilbert" if self.order == "raster" else self.order,
             **settings,
         )
-        return psa.plan(self.case.q, self.case.k, config, grid=self.case.grid, importance=importance)
+        return psa.plan(self.case.q, self.case.k, config, v=self.case.v, grid=self.case.grid, importance=importance)
 
     def ranked(self, importance: Tensor | None, density: float, rest: int) -> psa.Plan:
         """The most important blocks at level 1, the others at level ``rest``, at equal density."""
@@ -94,6 +95,10 @@ def published_topk(bench: Bench, importance: Tensor | None, density: float) -> p
     return bench.plan(importance, mask_mode="topk", mask_ratios=ratios)
 
 
+def automatic(**settings) -> MAKER:
+    return lambda bench, importance, density: bench.plan(importance, density=density, **settings)
+
+
 METHODS: dict[str, MAKER] = {
     "published topk": published_topk,
     "published thresholdbound": lambda b, i, d: b.plan(i, mask_mode="thresholdbound", mask_ratios=THRESHOLDS),
@@ -110,7 +115,17 @@ METHODS: dict[str, MAKER] = {
     "p2 variance uncapped": proportional(exponent=2.0, bias="variance", bias_cap=99.0),
     "p1 measured": proportional(exponent=1.0, bias="measured"),
     "p2 measured": proportional(exponent=2.0, bias="measured"),
+    "p1 sorted": proportional(exponent=1.0, sort_keys=True),
+    "p1 sorted variance": proportional(exponent=1.0, bias="variance", sort_keys=True),
+    "p1 variance slope": proportional(exponent=1.0, bias="variance", slope=True),
+    "p1 sorted variance slope": proportional(exponent=1.0, bias="variance", sort_keys=True, slope=True),
+    "p2 sorted variance slope": proportional(exponent=2.0, bias="variance", sort_keys=True, slope=True),
+    "auto": automatic(),
+    "auto, keys unsorted": automatic(sort_keys=False),
+    "auto, importance 8x4": automatic(importance_rows=8, importance_cols=4),
+    "auto, shared": automatic(share_heads=True),
 }
+TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
 
 
 def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) -> Iterator[dict]:
@@ -119,7 +134,10 @@ def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) 
             for name, make in methods.items():
                 plan = make(bench, importance, density)
                 kept = plan.density_per_head.expand(1, bench.case.q.shape[1])[0]
+                facts = plan.report
                 for head, error in enumerate(bench.errors(plan).tolist()):
+                    extra = {"reported": round(facts[head]["error"], 6), "setting": facts[head]["setting"]} if facts else {}
+                    norm = float(bench.out[0, head].norm())
                     yield {
                         "case": bench.case.name,
                         "head": head,
@@ -129,7 +147,29 @@ def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) 
                         "density": density,
                         "kept": round(float(kept[head]), 5),
                         "error": round(error, 6),
+                        "norm": round(norm, 3),
+                        **extra,
                     }
+
+
+def target_rows(bench: Bench) -> Iterator[dict]:
+    """target_error against the true error, per head."""
+    for target in TARGETS:
+        plan = bench.plan(None, target_error=target)
+        true = bench.errors(plan).tolist()
+        for fact in plan.report:
+            yield {
+                "case": bench.case.name,
+                "head": fact["head"],
+                "order": bench.order,
+                "method": "target_error",
+                "importance": "ours",
+                "target": target,
+                "kept": round(fact["density"], 5),
+                "reported": round(fact["error"], 6),
+                "error": round(true[fact["head"]], 6),
+                "setting": fact["setting"],
+            }
 
 
 def stamp() -> dict:
@@ -168,7 +208,9 @@ def main() -> None:
         for arena, case in cases(options.arena, options.seeds):
             for order in ("Gilbert",) if options.quick else ("Gilbert", "raster", "tile"):
                 densities = (0.15,) if options.quick or order != "Gilbert" else (0.1, 0.15, 0.25)
-                for row in rows(open_case(case, order), chosen, densities):
+                bench = open_case(case, order)
+                targets = target_rows(bench) if order == "Gilbert" and options.methods is None else ()
+                for row in itertools.chain(rows(bench, chosen, densities), targets):
                     file.write(json.dumps({"arena": arena, **row, **stamp()}) + "\n")
                 file.flush()
                 print(f"{arena} {case.name} {order}: done", flush=True)

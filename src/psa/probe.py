@@ -82,7 +82,7 @@ def row_errors(
 
     q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
 
-    Returns:
+    Returns, in units of the head's largest value:
         errors float32 [B, H, S, C], norms float32 [B, H, S], sums over the R rows of a query block.
     """
     batch, heads, _, dim = q.shape
@@ -139,12 +139,14 @@ class _Pyramid:
         real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
         real = torch.nn.functional.pad(real, (0, pad[3]))
         keys, values = (torch.nn.functional.pad(x.float(), pad) for x in (k, v))
+        values = values.masked_fill(~real[:, None, :, None], 0.0)
+        values = values / values.abs().amax().clamp(min=1e-36)  # errors are relative; their squares must not overflow
         self.real, self.tokens, self.count = real[0], k.shape[2], count
         self.k, self.blocks = keys[0, 0], keys.shape[2] // block_n
         padded = mask is not None or bool(pad[3])
         self.moments, self.mix = slope_basis(keys, values, block_n, real if padded else None)
         self.counts = [real[0].float()]
-        values = values.masked_fill(~real[:, None, :, None], 0.0)[0, 0]
+        values = values[0, 0]
         self.values = [torch.nn.functional.pad(values, (0, 1), value=1.0).unflatten(0, (self.blocks, -1))]
         for _ in range(1, count):
             self.counts.append(self.counts[-1].unflatten(0, (-1, 2)).sum(-1))
