@@ -66,8 +66,8 @@ def open_case(case: arenas.Case, order: str) -> Bench:
     empty = torch.empty(0)
     probe = Bench(case, order, empty, empty).plan(None, mask_mode="topk")
     permutation = probe.permutation
-    queries, keys, values = (q, k, v) if permutation is None else (
-        permutation.apply_q(q), permutation.apply_k(k), permutation.apply_k(v)
+    queries, keys, values = (
+        (q, k, v) if permutation is None else (permutation.apply_q(q), permutation.apply_k(k), permutation.apply_k(v))
     )
     out, masses = torch.empty_like(queries), []
     for start in range(0, q.shape[2], BLOCK_M):
@@ -136,7 +136,9 @@ def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) 
                 kept = plan.density_per_head.expand(1, bench.case.q.shape[1])[0]
                 facts = plan.report
                 for head, error in enumerate(bench.errors(plan).tolist()):
-                    extra = {"reported": round(facts[head]["error"], 6), "setting": facts[head]["setting"]} if facts else {}
+                    extra = {}
+                    if facts:
+                        extra = {"reported": round(facts[head]["error"], 6), "setting": facts[head]["setting"]}
                     norm = float(bench.out[0, head].norm())
                     yield {
                         "case": bench.case.name,

@@ -58,7 +58,8 @@ def test_model_names_map_to_sections():
 
 
 def test_default_density_of_the_published_setting():
-    assert presets.explain(psa.PSAConfig(mask_mode="topk"), 1000) == pytest.approx({"uniform": 0.15, "peaked": 0.15}, abs=1e-3)
+    published = psa.PSAConfig(mask_mode="topk")
+    assert presets.explain(published, 1000) == pytest.approx({"uniform": 0.15, "peaked": 0.15}, abs=1e-3)
 
 
 SEED_EXAMPLE = """

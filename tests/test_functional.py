@@ -120,7 +120,7 @@ def test_plans_are_reusable_and_return_order_is_out_lse_plan():
     out, lse, plan = psa.psa_attention(q, k, v, density=0.2, grid=(3, 10, 10), return_lse=True, return_plan=True)
     again, lse_again = psa.psa_attention(q, k, v, plan=plan, return_lse=True)
     assert torch.equal(out, again) and torch.equal(lse, lse_again) and lse.shape == q.shape[:3]
-    with pytest.raises(ConfigError, match="plan: a given plan already fixes"):
+    with pytest.raises(ConfigError, match="plan: a given plan fixes"):
         psa.psa_attention(q, k, v, plan=plan, density=0.2)
     with pytest.raises(ConfigError, match="is_causal"):
         psa.attend(q, k, v, plan, is_causal=True)
@@ -266,8 +266,9 @@ def test_compiled_fullgraph_equals_eager(causal):
 def test_operators_pass_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 2, 130, 140, 16))
     key = psa.PSAConfig(density=0.3, bias="variance").key
-    torch.library.opcheck(torch.ops.psa.select, (q.detach(), k.detach(), None, None, None, None, key, 0.25, False, 0, "last"))
-    levels, power, _ = torch.ops.psa.select(q.detach(), k.detach(), None, None, None, None, key, 0.25, False, 0, "last")
+    arguments = (q.detach(), k.detach(), None, None, None, None, key, 0.25, False, 0, "last")
+    torch.library.opcheck(torch.ops.psa.select, arguments)
+    levels, power, *_ = torch.ops.psa.select(*arguments)
     arguments = (q, k, v, levels, power, torch.ones(1, 1), None, None, 128, 64, 0.25, False, "torch")
     torch.library.opcheck(torch.ops.psa.attend, arguments)
 

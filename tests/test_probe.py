@@ -18,9 +18,11 @@ from psa.slope import slope_correction
 def tensors(batch=1, heads=2, kv_heads=2, length_q=512, length_k=512, dim=32, seed=0):
     """Smooth q, k, v: neighbours resemble each other, so that pooling has something to gain."""
     g = torch.Generator().manual_seed(seed)
+
     def make(h, n):
         steps = torch.randn(batch, h, n, dim, generator=g)
         return (0.95 * steps.cumsum(2) / torch.arange(1, n + 1).sqrt()[:, None] + 0.3 * steps)  # fmt: skip
+
     return make(heads, length_q), make(kv_heads, length_k), make(kv_heads, length_k)
 
 
@@ -59,7 +61,8 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
     levels = levels[torch.randint(0, 7, shape, generator=draw)]
     levels[..., 0] = 1
     if causal:
-        levels[:] = psa.plan(q, k, psa.PSAConfig(block_m=64, block_n=32, tau=1e-9), is_causal=True, enable_gqa=True).levels
+        fine = psa.PSAConfig(block_m=64, block_n=32, tau=1e-9)
+        levels[:] = psa.plan(q, k, fine, is_causal=True, enable_gqa=True).levels
         levels[levels > 1] = 4
     share = torch.rand(shape, generator=draw).half().masked_fill(levels <= 1, 0.0)
     pairs = (0.3 * torch.rand(shape, generator=draw)).half()
@@ -196,7 +199,7 @@ def test_slope_gradients_and_masks(masked):
 
 
 def test_sorting_keys_permutes_within_blocks_and_makes_groups_tight():
-    q, k, v = tensors(2, 4, 2, 300, 300)
+    q, k, _ = tensors(2, 4, 2, 300, 300)
     mask = torch.ones(2, 300, dtype=torch.bool)
     mask[:, 70] = False
     order = key_order(q, k, mask, 64)
@@ -285,7 +288,7 @@ HARMFUL = {
     "constant rows": lambda q, k, v: (q.fill_(1.0), k.fill_(0.5), v.fill_(2.0)),
     "zeros": lambda q, k, v: (q.zero_(), k.zero_(), v.zero_()),
     "a needle among thousands": needle,
-    "iid noise": lambda q, k, v: [t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(3))) for t in (q, k, v)],
+    "iid noise": lambda *qkv: [t.normal_(generator=torch.Generator().manual_seed(seed)) for seed, t in enumerate(qkv)],
     "huge logits": lambda q, k, v: (q.mul_(1e2), k.mul_(1e2)),
 }
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import MASK_MODES, MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
+from .config import MASK_MODES
 from .errors import ConfigError, ShapeError
 from .schedule import level_index
+from .values import MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
 
 DROPPED = 8
 """Level index that stands for a skipped block while levels are computed (no block is pooled 256 times)."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .allocate import BlockMask, block_mask
 from .backends.base import Selection
-from .config import MAX_LEVEL, PSAConfig, is_power_of_two
+from .config import PSAConfig
 from .errors import ConfigError, PSAError, ShapeError
 from .reorder import Permutation, SemanticState
 from .schedule import build_schedule, level_index
+from .values import MAX_LEVEL, is_power_of_two
 
 FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
 TENSORS = ("levels", "query_power", "bias_cap", "pair_bias", "slope", "key_mask", "choice")

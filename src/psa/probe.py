@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import MAX_LEVEL
 from .slope import slope_basis
+from .values import MAX_LEVEL
 
 CHUNK = 1 << 26
 """Elements held at a time (256 MB in float32)."""

@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from .config import MAX_LEVEL
 from .pyramid import group_sums
 from .schedule import level_index
+from .values import MAX_LEVEL
 
 FINE = 4
 """Group size of the finer of the two covariances."""

@@ -4,6 +4,8 @@ The order of tokens inside a block changes nothing for exact attention and nothi
 how much an average of 2, 4, … 32 neighbours loses.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ DIRECTIONS = 8
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
 def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Tensor:
-    """The order of keys within blocks: int64 [B, Hkv, Lk], a permutation of each block. A block that is cut by the end of
-    the sequence or holds a masked token stays as it is, so that all heads agree where the masked tokens are.
+    """The order of keys within blocks: int64 [B, Hkv, Lk], a permutation of each block. A block that is cut by the end
+    of the sequence or holds a masked token stays as it is, so that all heads agree where the masked tokens are.
 
     Each block is halved again and again along the coordinate in which its part spreads most (a k-d tree), so that at
     every level neighbours are close. Channels count by the queries' mean square. q [B, H, Lq, D], k [B, Hkv, Lk, D],
@@ -72,13 +74,13 @@ def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
 
 
 def _vmap(info, dims, q, k, key_mask, block_n):
-    folded = []
+    folded: list[Any] = []
     for x, dim in zip((q, k, key_mask), dims, strict=False):
         if x is not None:
             x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
             x = x.flatten(0, 1)
         folded.append(x)
-    return key_order(*folded, block_n).unflatten(0, (info.batch_size, -1)), 0
+    return key_order(folded[0], folded[1], folded[2], block_n).unflatten(0, (info.batch_size, -1)), 0
 
 
 torch.library.register_vmap(key_order, _vmap)
