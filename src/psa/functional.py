@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import reference
-from .checks import check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
+from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .plan import Plan
@@ -16,7 +16,6 @@ from .reorder.keys import key_order
 from .slope import slope_correction
 from .state import ProbeState
 
-Grid = tuple[int, int, int]
 
 
 def psa_attention(
