@@ -141,7 +141,7 @@ def test_modes_follow_from_what_is_given():
 def test_smallest_density_reads_a_curve():
     density = torch.tensor([0.1, 0.2, 0.4])
     curve = torch.tensor([[[0.4, 0.2, 0.1], [0.05, 0.04, 0.03], [0.5, 0.4, 0.3], [0.1, 0.3, 0.05]]])
-    found = smallest_density(curve, density, 0.2)[0]
+    found = smallest_density(curve, density, torch.full((1, 4), 0.2))[0]
     assert found[:3].tolist() == pytest.approx([0.2, 0.1, 1.0])
     assert 0.2 < float(found[3]) < 0.4, "a curve that dips and rises again counts from its last bad density"
 
@@ -293,7 +293,7 @@ HARMFUL = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), itertools.product(HARMFUL, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(("name", "dtype"), list(itertools.product(HARMFUL, [torch.float32, torch.bfloat16])))
 def test_harmful_inputs_give_finite_outputs_and_an_honest_report(name, dtype):
     q, k, v = tensors(1, 2, 2, 1024, 1024, seed=5)
     HARMFUL[name](q, k, v)

@@ -119,22 +119,33 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
 
 
 def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
-    shape = layer.importance.shape[:2]
-    choice = given
-    if choice is None and layer.v is not None:
-        choice = choose(layer)
+    target, several = layer.config.target_error, len(ladder(layer.config)) > 1
+    probing = given is None and layer.v is not None
+    choice, curve = given, None
+    if probing:
+        choice, curve = choose(layer)
     if choice is None:
-        budget = layer.config.density or layer.config.max_density
-        first = torch.zeros(shape, dtype=torch.long, device=layer.q.device)
-        choice = Choice(first, first + float(budget), first + torch.nan)
-    levels = allocate(layer, layer.importance, layer.mask, choice)
-    slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
-    shares = slope_shares(layer.importance, levels, slope)
-    if given is None and layer.v is not None and len(ladder(layer.config)) > 1:
-        error = measure(layer, levels, shares, choice)
+        first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
+        choice = Choice(
+            first.long(), first + float(layer.config.density or layer.config.max_density), first + torch.nan
+        )
+    levels, shares = lay_out(layer, choice)
+    if probing and several:
+        error = measure(layer, levels, shares, choice, salt=1)
+        if target is not None and curve is not None:
+            choice = curve.meeting(target / (error / target).clamp(min=1.0))
+            levels, shares = lay_out(layer, choice)
+            error = measure(layer, levels, shares, choice, salt=2)
         choice = Choice(choice.candidate, choice.density, error)
     caps = _table(CAPS, _table([c.cap for c in CANDIDATES], choice.candidate))
     return levels, caps, shares, choice
+
+
+def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Levels, and the shares of the slope correction, that a choice means for every head."""
+    levels = allocate(layer, layer.importance, layer.mask, choice)
+    slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
+    return levels, slope_shares(layer.importance, levels, slope)
 
 
 def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) -> Tensor:
@@ -170,11 +181,28 @@ def ladder(config: PSAConfig) -> tuple[float, ...]:
     return (*(d for d in LADDER if 1.0 / config.max_level <= d < top), top)
 
 
-def choose(layer: Layer) -> Choice:
+@dataclass(frozen=True)
+class Curve:
+    """Errors [B, H, P] of the best candidates [B, H, P] at densities [P]."""
+
+    densities: Tensor
+    errors: Tensor
+    candidates: Tensor
+
+    def at(self, density: Tensor) -> Choice:
+        """Each head's candidate of the nearest probed density; what it errs there is left to be measured."""
+        nearest = (density[..., None].log() - self.densities.log()).abs().argmin(-1, keepdim=True)
+        return Choice(self.candidates.gather(-1, nearest).squeeze(-1), density, torch.full_like(density, torch.nan))
+
+    def meeting(self, target: Tensor) -> Choice:
+        return self.at(smallest_density(self.errors, self.densities, target))
+
+
+def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     """The best candidate of every head by probes, at the densities that budget or target call for.
 
     Every other sampled query block takes part in the choice. With one density the rest measure the error; with several
-    the error is left open (NaN), to be measured at the density that comes out.
+    the error is left open (NaN), to be measured at the density that comes out, and the curve is returned too.
     """
     config = layer.config
     steps = ladder(config)
@@ -192,18 +220,16 @@ def choose(layer: Layer) -> Choice:
         rest = slice(1, None, 2) if squared.shape[2] > 1 else slice(None)
         error = squared[:, :, rest, 0].sum(2).gather(-1, winner)
         error = (error / norms[:, :, rest].sum(2)[..., None].clamp(min=TINY)).sqrt()
-        return Choice(winner.squeeze(-1), torch.zeros_like(norm) + steps[0], error.squeeze(-1))
+        return Choice(winner.squeeze(-1), torch.zeros_like(norm) + steps[0], error.squeeze(-1)), None
+    curve = Curve(densities, (best / norm[..., None].clamp(min=TINY)).sqrt(), winner)
     if config.target_error is not None:
-        density = smallest_density((best / norm[..., None].clamp(min=TINY)).sqrt(), densities, config.target_error)
-    else:
-        density = shared_densities(best, densities, float(config.density or config.max_density))
-    nearest = (density[..., None].log() - densities.log()).abs().argmin(-1, keepdim=True)
-    return Choice(winner.gather(-1, nearest).squeeze(-1), density, torch.full_like(density, torch.nan))
+        return curve.meeting(torch.full_like(norm, config.target_error)), curve
+    return curve.at(shared_densities(best, densities, float(config.density or config.max_density))), curve
 
 
-def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice) -> Tensor:
-    """The relative error of the plan itself on fresh rows, [B, H]."""
-    rows = layer.sample(1, -(-layer.config.probe_rows // 2))
+def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> Tensor:
+    """The relative error of the plan itself on rows of its own (by ``salt``), [B, H]."""
+    rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
     scored = Scored(
         _rows_of(levels, rows)[:, :, :, None],
         _table([c.cap for c in CANDIDATES], choice.candidate)[..., None],
@@ -214,12 +240,12 @@ def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice) -> Ten
     return (squared[..., 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
 
 
-def smallest_density(errors: Tensor, densities: Tensor, target: float) -> Tensor:
-    """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target``; 1 if none does.
+def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
+    """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target`` [B, H], else 1.
 
     Errors are made monotone from the right and interpolated linearly in logarithms.
     """
-    log_target = torch.log(torch.tensor(target, device=errors.device))
+    log_target = target[..., None].log()
     curve = errors.clamp(min=1e-9).flip(-1).cummax(-1).values.flip(-1).log()
     meets = curve <= log_target
     first = meets.float().argmax(-1, keepdim=True)

@@ -17,7 +17,6 @@ from .slope import slope_correction
 from .state import ProbeState
 
 
-
 def psa_attention(
     q: Tensor,
     k: Tensor,
