@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psa.pyramid import group_sums
+
 DIRECTIONS = 8
 """Coordinates in which keys are compared: the head's main directions of spread inside blocks."""
+
+
+JUDGED = 4
+"""Group size by whose tightness a head's sorted order is kept or left."""
 
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
@@ -20,7 +26,8 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
 
     Each block is halved again and again along the coordinate in which its part spreads most (a k-d tree), so that at
     every level neighbours are close. Channels count by the queries' mean square. q [B, H, Lq, D], k [B, Hkv, Lk, D],
-    key_mask bool [B, Lk].
+    key_mask bool [B, Lk]. A head whose groups of ``JUDGED`` keys sorting does not make tighter keeps its order: its
+    neighbours in place resemble each other more than the main directions can tell.
     """
     batch, kv_heads, length, _ = k.shape
     whole = length // block_n * block_n
@@ -33,7 +40,8 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
     if key_mask is not None:
         stays = ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
         blocks = blocks.masked_fill(stays[:, None, :, None, None], 0.0)
-    points = (blocks.flatten(2, 3) @ _main_directions(blocks)).mT.contiguous()
+    keys = blocks.flatten(2, 3)
+    points = (keys @ _main_directions(blocks)).mT.contiguous()
     local = order[..., :whole].clone()
     size = block_n
     while size > 1:
@@ -45,12 +53,19 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
         local = local.unflatten(2, (-1, size)).gather(-1, rank).flatten(2)
         points = parts.gather(4, rank[:, :, None].expand_as(parts)).flatten(3)
         size //= 2
+    tighter = _tightness(keys.gather(2, local[..., None].expand_as(keys))) > _tightness(keys)
+    local = torch.where(tighter[..., None], local, order[..., :whole])
     return torch.cat([local, order[..., whole:]], dim=-1)
 
 
 @key_order.register_fake
 def _(q, k, key_mask, block_n):
     return k.new_empty(k.shape[:3], dtype=torch.int64)
+
+
+def _tightness(keys: Tensor) -> Tensor:
+    """Energy of the means of groups of JUDGED keys, [B, Hkv]: what is not lost within groups."""
+    return group_sums(keys, JUDGED).square().sum((2, 3))
 
 
 def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
