@@ -9,6 +9,7 @@ from .functional import make_plan as plan
 from .module import PSAAttention
 from .plan import Plan
 from .reorder import gilbert_order
+from .state import ProbeState
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PSAConfig",
     "PSAError",
     "Plan",
+    "ProbeState",
     "ShapeError",
     "allocate_levels",
     "attend",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import MASK_MODES, MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
+from .config import MASK_MODES
 from .errors import ConfigError, ShapeError
 from .schedule import level_index
+from .values import MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
 
 DROPPED = 8
 """Level index that stands for a skipped block while levels are computed (no block is pooled 256 times)."""
@@ -81,11 +82,11 @@ def allocate_levels(
     *,
     mask_mode: str,
     mask_ratios: Ratios | None = None,
-    density: float | None = None,
+    density: float | Tensor | None = None,
     block_n: int,
     tau: float | None = None,
-    exponent: float = 1.0,
-    keep_all: bool = True,
+    exponent: float | Tensor = 1.0,
+    keep_all: bool | Tensor = True,
     share_heads: bool = False,
     cap: Tensor | None = None,
     mask: BlockMask | None = None,
@@ -99,7 +100,8 @@ def allocate_levels(
         mask_mode: ``"topk"`` or ``"thresholdbound"`` (with ``mask_ratios``), or ``"proportional"`` (with ``density`` or
             ``tau``).
         block_n: KV block size, the bound of every level.
-        exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`.
+        exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`. density, exponent and
+            keep_all may be tensors [1|B, 1|H, 1, 1], one value per head.
         cap: [B, H|Hkv, N] coarsest level of each KV block, from :func:`similarity_cap`.
         mask: visible and pinned block pairs; quotas and shares count visible pairs only.
 
@@ -121,11 +123,11 @@ def allocate_levels(
     mask = mask or BlockMask()
     caps = None if cap is None else level_index(_per_head(cap, importance.shape[1]))[:, :, None, :]
     shares = normalise(importance, mask.visible)
-    if mask_mode == "proportional":
+    if mask_mode in ("proportional", "auto"):
         if (density is None) == (tau is None):
             raise ConfigError("proportional: give either density or tau")
-        if density is not None:
-            check_density(density, min(block_n, MAX_LEVEL), keep_all)
+        if density is not None and not isinstance(density, Tensor):
+            check_density(density, min(block_n, MAX_LEVEL), keep_all is not False)
         index = proportional(shares, mask, caps, density, tau, exponent, keep_all, share_heads, block_n)
     else:
         if mask_ratios is None:
@@ -194,10 +196,10 @@ def proportional(
     shares: Tensor,
     mask: BlockMask,
     caps: Tensor | None,
-    density: float | None,
+    density: float | Tensor | None,
     tau: float | None,
-    exponent: float,
-    keep_all: bool,
+    exponent: float | Tensor,
+    keep_all: bool | Tensor,
     share_heads: bool,
     block_n: int,
 ) -> Tensor:
@@ -213,11 +215,15 @@ def proportional(
 
     def indices(log_tau: Tensor) -> Tensor:
         index = (log_tau - log_share + 0.5).floor_()
-        if keep_all:
-            index.clamp_(0, coarsest)
+        index.clamp_(min=0)
+        if keep_all is True:
+            index.clamp_(max=coarsest)
         else:
-            index.clamp_(min=0)
-            index.masked_fill_(index > coarsest, DROPPED)
+            dropped = index > coarsest
+            kept = False if keep_all is False else dropped & keep_all
+            index.masked_fill_(dropped, DROPPED)
+            if isinstance(kept, Tensor):
+                index.masked_fill_(kept, coarsest)
         if caps is not None:
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
         return _apply_mask(index, mask)
@@ -230,7 +236,7 @@ def proportional(
     over = (1, 2, 3) if share_heads else (2, 3)
     pairs = torch.ones_like(shares[..., :1, :1]) if mask.visible is None else mask.visible
     total = pairs.expand_as(shares).sum(over, keepdim=True, dtype=torch.float32)
-    low = torch.full_like(total, -60.0 * exponent - 2.0)
+    low = torch.zeros_like(total) - 60.0 * exponent - 2.0
     high = torch.full_like(total, coarsest + 3.0)
     for _ in range(32):
         middle = 0.5 * (low + high)

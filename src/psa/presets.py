@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from .allocate import allocate_levels
-from .config import PSAConfig, nearest
+from .config import PSAConfig
 from .errors import ConfigError
+from .values import nearest
 
 FILE_NAME = "attention_config.yaml"
 SECTION_KEYS = ("default_attention", "video_scale", "text_length", "attention_configs")
