@@ -1,4 +1,4 @@
-"""Shared by every test: freshly allocated memory is poisoned, so that what is read before it is written shows as NaN."""
+"""Shared by every test: new memory is poisoned, so that what is read before it is written shows as NaN."""
 
 import os
 

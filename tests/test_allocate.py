@@ -22,8 +22,8 @@ def density(levels, visible=None):
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 3), st.integers(20, 60), st.integers(60, 130), st.sampled_from([0.05, 0.15, 0.4, 0.9, 1.0]),
-    st.sampled_from([0.5, 1.0, 2.0]), st.booleans(), st.booleans(), st.sampled_from(["noise", "constant", "peaked", "zero"]),
-    st.integers(0, 1000),
+    st.sampled_from([0.5, 1.0, 2.0]), st.booleans(), st.booleans(),
+    st.sampled_from(["noise", "constant", "peaked", "zero"]), st.integers(0, 1000),
 )  # fmt: skip
 def test_proportional_meets_its_budget(heads, m, n, target, exponent, keep_all, share, kind, seed):
     g = torch.Generator().manual_seed(seed)

@@ -16,10 +16,19 @@ from psa.errors import ConfigError, PSAError
 ROOT = Path(__file__).parents[1]
 
 # METHOD §6: model, divisors w h t, text, preset, block_n, bounds, mode, rearrange, similarity cap, warm-up steps.
-TABLE = ["", "Wan2.1_14b      16,16,4 0   psa_balanced 128 .4,.5,.6,.8    thresholdbound yes no  15", "Wan2.1_1.3b     16,16,4 0   psa_balanced 128 .5,.6,.7,.8    thresholdbound yes yes 15", "Wan2.1_1.3b     16,16,4 0   psa_topk     32  .05,.1,.15,.25 topk           yes no  15", "Wan2.2_A14B     16,16,4 0   psa_balanced 32  .5,.6,.6,.8    thresholdbound yes no  12", "Wan2.2_5B       32,32,4 0   psa_balanced 32  .6,.7,.7,.8    thresholdbound yes no  15", "CogVideo1.5_5b  16,16,8 226 psa_balanced 32  .1,.15,.15,.35 topk           yes no  15", "CogVideo_5b     16,16,4 226 psa_balanced 128 .1,.15,.15,.35 topk           no  no  15", "CogVideo_5b     16,16,4 226 psa_4steps   128 .05,.15,.25,.5 topk           no  no  0", ""][1:-1]
+TABLE = """
+Wan2.1_14b      16,16,4 0   psa_balanced 128 .4,.5,.6,.8    thresholdbound yes no  15
+Wan2.1_1.3b     16,16,4 0   psa_balanced 128 .5,.6,.7,.8    thresholdbound yes yes 15
+Wan2.1_1.3b     16,16,4 0   psa_topk     32  .05,.1,.15,.25 topk           yes no  15
+Wan2.2_A14B     16,16,4 0   psa_balanced 32  .5,.6,.6,.8    thresholdbound yes no  12
+Wan2.2_5B       32,32,4 0   psa_balanced 32  .6,.7,.7,.8    thresholdbound yes no  15
+CogVideo1.5_5b  16,16,8 226 psa_balanced 32  .1,.15,.15,.35 topk           yes no  15
+CogVideo_5b     16,16,4 226 psa_balanced 128 .1,.15,.15,.35 topk           no  no  15
+CogVideo_5b     16,16,4 226 psa_4steps   128 .05,.15,.25,.5 topk           no  no  0
+"""
 
 
-@pytest.mark.parametrize("row", TABLE)
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
 def test_every_preset_of_the_method_is_there(row):
     model, divisors, text, preset, block_n, bounds, mode, rearrange, sim, warmup = row.split()
     section = presets.section(model)

@@ -1,5 +1,6 @@
 """The public functions: every option together, drop-in behaviour, bad input, compile, autocast, vmap, checkpoint."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -106,11 +107,8 @@ def test_padding_on_the_right_gives_what_no_padding_gives():
     padded = [torch.cat([t, torch.full_like(t[:, :, :42], 9.0)], 2) for t in (k, v)]
     mask = torch.arange(192)[None] < 150
     levels = psa.plan(q, k, density=0.3).levels
-    levels = torch.cat([levels, torch.zeros_like(levels[..., :0])], -1)
     plan = psa.Plan.from_levels(levels, block_m=128, block_n=64)
     masked = psa.plan(q, padded[0], density=0.3, key_mask=mask)
-    import dataclasses
-
     out = psa.attend(q, *padded, dataclasses.replace(masked, levels=levels))
     torch.testing.assert_close(out, psa.attend(q, k, v, plan), atol=1e-5, rtol=0)
 
@@ -127,7 +125,7 @@ def test_plans_are_reusable_and_return_order_is_out_lse_plan():
 
 
 def test_importance_of_ones_own_decides_the_levels():
-    q, k, v = tensors(heads=2, kv_heads=2, length_q=256, length_k=640)
+    q, k, _ = tensors(heads=2, kv_heads=2, length_q=256, length_k=640)
     scores = torch.zeros(1, 1, 2, 10)
     scores[..., 3] = 1.0
     plan = psa.plan(q, k, psa.PSAConfig(mask_ratios={1: (0, 0.1)}), importance=scores)

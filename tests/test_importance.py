@@ -84,10 +84,8 @@ def test_masked_keys_weigh_nothing_and_change_nothing(kind):
 def test_same_inputs_give_the_same_bits_whatever_the_batch_and_the_global_seed(kind):
     g = torch.Generator().manual_seed(7)
     q, k = torch.randn(3, 4, 300, 32, generator=g), torch.randn(3, 2, 333, 32, generator=g)
-    if kind == "measured":
-        config = psa.PSAConfig(bias="measured", density=0.3)
-    else:
-        config = psa.PSAConfig(importance=kind)
+    measured = kind == "measured"
+    config = psa.PSAConfig(bias="measured", density=0.3) if measured else psa.PSAConfig(importance=kind)
     torch.manual_seed(1)
     first = psa.plan(q, k, config, enable_gqa=True)
     torch.manual_seed(2)

@@ -51,7 +51,7 @@ def test_similarity_caps_agree_with_golden_values(index):
 
 def by_hand(q, k, v, s: Selection):
     """METHOD §2 for one query row at a time, in Python numbers: slow, obvious, and independent of the library."""
-    batch, heads, length_q, dim = q.shape
+    batch, heads, length_q, _ = q.shape
     length_k, groups = k.shape[2], heads // k.shape[1]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
     for b in range(batch):

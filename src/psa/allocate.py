@@ -59,7 +59,7 @@ def block_mask(
         text_k = _holds_text(first_k, last_k, length_k, text_length, text_position)
         text = (text_q[:, None] | text_k[None, :])[None, None]
         pinned = text if pinned is None else pinned | text
-    if visible is not None:
+    if visible is not None and pinned is not None:
         visible = visible[None, None]
         pinned = pinned & visible
     return BlockMask(visible, pinned)
@@ -226,6 +226,7 @@ def proportional(
         log_tau = torch.full_like(log_share[..., :1, :1], math.log2(tau))
         return indices(log_tau).to(torch.int32)
 
+    assert density is not None  # checked by allocate_levels
     over = (1, 2, 3) if share_heads else (2, 3)
     pairs = torch.ones_like(shares[..., :1, :1]) if mask.visible is None else mask.visible
     total = pairs.expand_as(shares).sum(over, keepdim=True, dtype=torch.float32)

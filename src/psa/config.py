@@ -285,9 +285,9 @@ def check_ratios(ratios: object, block_n: int) -> Ratios:
         raise ConfigError(f"mask_ratios: {ratios!r} is not a mapping of level to [lo, hi]")
     parsed: Ratios = {}
     for key, bounds in ratios.items():
-        level = int(key) if isinstance(key, str) and key.isdigit() else key
-        valid = isinstance(level, int) and not isinstance(level, bool) and (level == 0 or is_power_of_two(level))
-        if not valid or level > min(block_n, MAX_LEVEL):
+        level = int(key) if isinstance(key, str) and key.isdecimal() else key
+        whole = isinstance(level, int) and not isinstance(level, bool)
+        if not whole or not (level == 0 or is_power_of_two(level)) or level > min(block_n, MAX_LEVEL):
             raise ConfigError(f"mask_ratios.{key}: level must be 0 or a power of two up to {min(block_n, MAX_LEVEL)}")
         if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
             raise ConfigError(f"mask_ratios.{key}: {bounds!r} is not [lo, hi]")

@@ -2,7 +2,10 @@
 
 
 class PSAError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose. Its message is always one line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(str(message).split()))
 
 
 class ConfigError(PSAError, ValueError):

@@ -111,7 +111,7 @@ def make_plan(
 
     Args:
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
-        state: centroids carried from call to call (semantic and hybrid orders).
+        state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
     """
     q, k = _autocast(q, k)
     check_tensors(q, k, None, enable_gqa)
@@ -119,9 +119,9 @@ def make_plan(
     scale = check_scale(scale, q.shape[-1])
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
-    permutation = None
+    permutation = next_state = None
     if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
-        permutation = _permutation(q, k, settings, grid, text_length, text_position, state)
+        permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
     mask_in_order = key_mask
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
@@ -146,6 +146,7 @@ def make_plan(
         key_mask=key_mask,
         config=settings,
         text=(text_length, text_position),
+        reorder_state=next_state,
     )
 
 
@@ -353,14 +354,15 @@ def _permutation(
     grid: Grid | None,
     text_length: int,
     text_position: str,
+    key_mask: Tensor | None,
     state: SemanticState | None,
-) -> Permutation:
+) -> tuple[Permutation, SemanticState | None]:
     if torch.compiler.is_compiling() and grid is not None and config.rearrange_method in ("Gilbert", "tile"):
         order = ops.token_order(
             q, config.rearrange_method, list(grid), text_length, text_position, list(config.tile_size)
         )
-        return Permutation(order, order)
-    permutation, _ = reorder(
+        return Permutation(order, order), None
+    return reorder(
         config.rearrange_method,
         q,
         k,
@@ -369,8 +371,8 @@ def _permutation(
         text_position=text_position,
         tile_size=config.tile_size,
         state=state,
+        key_mask=key_mask,
     )
-    return permutation
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

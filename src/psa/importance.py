@@ -40,7 +40,7 @@ class ScoreRows:
 def importance(
     q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
 ) -> Tensor:
-    """Importance by ``config.importance``: float32 [B, H, M, N], rows that sum to one, or to zero where nothing is seen.
+    """Importance by ``config.importance``: float32 [B, H, M, N]; rows sum to one, or to zero where nothing is seen.
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
     """

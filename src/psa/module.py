@@ -5,8 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import PSAConfig
-from .functional import psa_attention
+from .functional import make_plan, psa_attention
 from .reorder import SemanticState
+
+PLANNING = ("config", "density", "grid", "text_length", "text_position", "key_mask")
 
 
 class PSAAttention(nn.Module):
@@ -24,9 +26,16 @@ class PSAAttention(nn.Module):
         self.reorder_state: SemanticState | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
-        if call.get("plan") is None:
-            call = {"config": self.config, **call}
-        return psa_attention(q, k, v, **call)
+        if call.get("plan") is not None:
+            return psa_attention(q, k, v, **call)
+        call = {"config": self.config, **call}
+        if call["config"].rearrange_method not in ("semantic", "hybrid"):
+            return psa_attention(q, k, v, **call)
+        planning = {name: call.pop(name) for name in PLANNING if name in call}
+        shared = {name: call[name] for name in ("is_causal", "scale", "enable_gqa") if name in call}
+        plan = make_plan(q, k, **planning, **shared, state=self.reorder_state)
+        self.reorder_state = plan.reorder_state
+        return psa_attention(q, k, v, plan=plan, **call)
 
     def extra_repr(self) -> str:
         c = self.config

@@ -100,8 +100,9 @@ def token_order(
     like: Tensor, method: str, grid: list[int], text_length: int, text_position: str, tile_size: list[int]
 ) -> Tensor:
     """A spatial order (int64 [L]) on the device of ``like``; the cached table stays out of the graph."""
+    (t, h, w), (tile_t, tile_h, tile_w) = grid, tile_size
     permutation = spatial_permutation(
-        method, tuple(grid), text_length, text_position, tuple(tile_size), device=like.device
+        method, (t, h, w), text_length, text_position, (tile_t, tile_h, tile_w), device=like.device
     )
     return permutation.q_order.clone()
 

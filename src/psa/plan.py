@@ -13,7 +13,7 @@ from .allocate import BlockMask, block_mask
 from .backends.base import Selection
 from .config import MAX_LEVEL, PSAConfig, is_power_of_two
 from .errors import ConfigError, PSAError, ShapeError
-from .reorder import Permutation
+from .reorder import Permutation, SemanticState
 from .schedule import build_schedule, level_index
 
 FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
@@ -36,6 +36,7 @@ class Plan:
         error: float32 [B, H], the relative error measured by probes; None where none were taken.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
+        reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
     """
 
     levels: Tensor
@@ -52,6 +53,7 @@ class Plan:
     error: Tensor | None = None
     config: PSAConfig | None = field(default=None, repr=False)
     text: tuple[int, str] = (0, "last")
+    reorder_state: SemanticState | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_levels(cls, levels: Tensor, *, block_m: int, block_n: int) -> "Plan":

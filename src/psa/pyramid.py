@@ -88,4 +88,6 @@ def row_bias(k: Tensor, level: int, selection: Selection) -> Tensor:
         groups = power.shape[1] // k.shape[1]
         weighted = torch.einsum("bkgd,bkrd->bkgr", power.unflatten(1, (-1, groups)), variances).flatten(1, 2)
         correction = 0.5 * selection.scale**2 * weighted
-        return bias + torch.minimum(correction, selection.bias_cap.to(k.dtype)[..., None])
+        if selection.bias_cap is not None:
+            correction = torch.minimum(correction, selection.bias_cap.to(k.dtype)[..., None])
+        return bias + correction

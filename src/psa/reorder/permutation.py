@@ -86,7 +86,7 @@ class Permutation:
         if heads > 1 and bool((moved != moved[:, :1]).any()):
             raise ShapeError(
                 "key_mask [B, L] cannot follow these per-head orders: heads put masked tokens at different places. "
-                "Build the permutation with this key_mask, or use a method with one order for all heads (Gilbert, tile)."
+                "Build the permutation with this key_mask, or use one order for all heads (Gilbert, tile)."
             )
         return moved[:, 0]
 

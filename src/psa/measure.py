@@ -1,0 +1,35 @@
+"""Timing and errors, measured the same way everywhere."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def relative_error(out: Tensor, exact: Tensor) -> Tensor:
+    """‖out − exact‖_F / ‖exact‖_F per (batch, head), float32 [B, H]; 0 where both are zero."""
+    out, exact = out.float(), exact.float()
+    distance, size = (out - exact).flatten(-2).norm(dim=-1), exact.flatten(-2).norm(dim=-1)
+    return torch.where(distance == 0, 0.0, distance / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def cosine(out: Tensor, exact: Tensor) -> float:
+    """Mean cosine between output rows."""
+    return float(torch.nn.functional.cosine_similarity(out.float(), exact.float(), dim=-1).mean())
+
+
+def seconds(function: Callable[[], Any], *, repeats: int = 3, device: torch.device | str = "cpu") -> float:
+    """Median seconds of ``repeats`` calls after one that is not counted; the device is waited for."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    function()
+    taken = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        taken.append(time.perf_counter() - start)
+    return median(taken)
