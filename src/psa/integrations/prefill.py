@@ -22,7 +22,16 @@ from ..errors import BackendError
 from ..functional import psa_attention
 
 NAME = "psa"
-UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "sliding_window", "cache", "output_attentions", "head_mask")
+UNSUPPORTED = (
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "sliding_window",
+    "cache",
+    "output_attentions",
+    "head_mask",
+)
 """Keyword arguments of a model's attention that, where set, mean something PSA does not compute."""
 EAGER_ONLY = ("softcap", "s_aux", "sinks")
 """Those that SDPA does not compute either."""
@@ -284,13 +293,11 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     from transformers import AttentionInterface
 
-    if any(call.get(key) is not None for key in EAGER_ONLY):
-        name = "eager"
     flash = "flash" in name
     if flash and (mask is None or mask.ndim == 2):
         return AttentionInterface()[name](module, q, k, v, mask, **call)
-    if flash:
-        name = "sdpa"
+    if flash:  # flash takes no 4-D mask
+        name = "eager" if any(call.get(key) is not None for key in EAGER_ONLY) else "sdpa"
     if mask is not None and mask.ndim == 2:
         visible = mask[:, None, None, :]
         mask = visible & bottom_right(q.shape[2], k.shape[2], q.device) if causal else visible
@@ -302,7 +309,9 @@ def _dense(
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise BackendError(f"{type(module).__name__} has no eager attention to serve {sorted(call)}; disable psa for it")
+        raise BackendError(
+            f"{type(module).__name__} has no eager attention to serve {sorted(call)}; disable psa for it"
+        )
     return eager(module, q, k, v, mask, **call)
 
 

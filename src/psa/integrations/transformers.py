@@ -75,7 +75,9 @@ def enable_model(
         raise ConfigError("preset: config and preset exclude each other; give one")
     if isinstance(min_queries, bool) or not isinstance(min_queries, int) or min_queries < 1:
         raise ConfigError(f"min_queries: {min_queries!r} is not a whole number from 1")
-    if text_length is not None and (isinstance(text_length, bool) or not isinstance(text_length, int) or text_length < 0):
+    if text_length is not None and (
+        isinstance(text_length, bool) or not isinstance(text_length, int) or text_length < 0
+    ):
         raise ConfigError(f"text_length: {text_length!r} is not a whole number from 0")
     if preset is not None or (config is None and density is None):
         config = presets.get(SECTION, preset, attention_config)
@@ -225,7 +227,11 @@ def _owners(model: nn.Module, layers: list[nn.Module]) -> list[Any]:
     wanted = {id(module.config) for module in layers}
     owners: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and id(module.config) in wanted and module._can_set_attn_implementation():
+        if (
+            isinstance(module, PreTrainedModel)
+            and id(module.config) in wanted
+            and module._can_set_attn_implementation()
+        ):
             owners.setdefault(id(module.config), module)
     return list(owners.values())
 
@@ -246,5 +252,3 @@ def _visual_ids(model: Any) -> tuple[int, ...]:
     configs = [model.config, *(getattr(model.config, key) for key in _sub_configs(model.config))]
     found = (getattr(config, name, None) for config in configs for name in names)
     return tuple(sorted({value for value in found if isinstance(value, int)}))
-
-
