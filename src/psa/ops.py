@@ -13,6 +13,9 @@ from .config import PSAConfig
 from .importance import importance, measured_mass
 from .schedule import level_index
 
+SELECT_AT_ONCE = 1 << 25
+"""Query elements above which heads are planned one by one, so that a long sequence's scratch is that of one head."""
+
 
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
@@ -38,6 +41,8 @@ def select(
     """
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
+    if q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
+        return _select_by_head(q, k, given, key_mask, config_key, scale, is_causal, text_length, text_position)
     mask = block_mask(
         q.shape[2],
         k.shape[2],
@@ -78,6 +83,26 @@ def select(
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
     return levels, power, pairs
+
+
+def _select_by_head(q, k, given, key_mask, *settings):
+    group = q.shape[1] // k.shape[1]
+    batches = []
+    for b in range(q.shape[0]):
+        mask = None if key_mask is None else key_mask[b : b + 1]
+        heads = []
+        for h in range(q.shape[1]):
+            scores = (
+                None if given is None else given[min(b, given.shape[0] - 1), min(h, given.shape[1] - 1)][None, None]
+            )
+            kv = h // group
+            heads.append(select(q[b : b + 1, h : h + 1], k[b : b + 1, kv : kv + 1], scores, mask, *settings))
+        batches.append([_join(parts, 1) for parts in zip(*heads, strict=True)])
+    return tuple(_join(parts, 0) for parts in zip(*batches, strict=True))
+
+
+def _join(parts, dim):
+    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
 
 
 @select.register_fake
