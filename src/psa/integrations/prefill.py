@@ -301,7 +301,7 @@ def _dense(
     if mask is not None and mask.ndim == 2:
         visible = mask[:, None, None, :]
         mask = visible & bottom_right(q.shape[2], k.shape[2], q.device) if causal else visible
-    elif mask is None and causal and 1 < q.shape[2] and (q.shape[2] != k.shape[2] or name == "eager"):
+    elif mask is None and causal and q.shape[2] > 1 and (q.shape[2] != k.shape[2] or name == "eager"):
         mask = bottom_right(q.shape[2], k.shape[2], q.device)[None, None]
     if name != "eager":
         return AttentionInterface()[name](module, q, k, v, mask, **call)
