@@ -175,3 +175,48 @@ def vision_language(kind: str):
     if kind == "qwen3_vl":  # its videos are one image span per frame
         return qwen_vl(kind), qwen_inputs((1, 16, 32), video=False)
     return qwen_vl(kind), qwen_inputs()
+
+
+def save_qwen_folder(path, kind: str = "qwen2_5_vl"):
+    """A model folder as on the hub: tiny weights, byte-level tokenizer, image settings. Returns the path."""
+    import json
+
+    import transformers as t
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    specials += ["<|image_pad|>", "<|video_pad|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    ids = {name: tokenizer.token_to_id(name) for name in specials}
+    fast = t.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(path)
+    SHARED["vocab_size"], before = len(alphabet) + len(specials), SHARED["vocab_size"]
+    model = qwen_vl(kind)
+    SHARED["vocab_size"] = before
+    config = model.config
+    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    model.save_pretrained(path)
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor" if kind == "qwen2_5_vl" else "Qwen2VLProcessor",
+        "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 256, "max_pixels": 8192,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return path
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|>"
+    "<|vision_end|>{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)

@@ -71,17 +71,13 @@ def enable_model(
     Raises:
         ConfigError: for a model, preset or option that cannot be used.
     """
-    if config is not None and preset is not None:
-        raise ConfigError("preset: config and preset exclude each other; give one")
     if isinstance(min_queries, bool) or not isinstance(min_queries, int) or min_queries < 1:
         raise ConfigError(f"min_queries: {min_queries!r} is not a whole number from 1")
     if text_length is not None and (
         isinstance(text_length, bool) or not isinstance(text_length, int) or text_length < 0
     ):
         raise ConfigError(f"text_length: {text_length!r} is not a whole number from 0")
-    if preset is not None or (config is None and density is None):
-        config = presets.get(SECTION, preset, attention_config)
-    settings = resolve_config(config, density)
+    settings = choose_config(preset, config, density, attention_config)
     if not supports(model):
         raise ConfigError(
             f"{type(model).__name__} has no causal layers behind transformers' attention interface; "
@@ -89,6 +85,17 @@ def enable_model(
         )
     register()
     return Handle(model, Prefill(settings, min_queries, text_length, vision, backend))
+
+
+def choose_config(
+    preset: str | None, config: PSAConfig | None, density: float | None, attention_config: str | None = None
+) -> PSAConfig:
+    """The settings that :func:`enable_model` makes of its arguments."""
+    if config is not None and preset is not None:
+        raise ConfigError("preset: config and preset exclude each other; give one")
+    if preset is not None or (config is None and density is None):
+        config = presets.get(SECTION, preset, attention_config)
+    return resolve_config(config, density)
 
 
 class Handle:
