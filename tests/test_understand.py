@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("transformers", minversion="4.57")
 pytest.importorskip("av")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
 
 import tiny_lm
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 import psa
