@@ -7,9 +7,9 @@ position: sums of cosines, so its reach is gradual, as learned positional heads'
 token looks for itself among previous tokens, and reads what followed). Token and position vectors are random or
 sinusoidal in 64 channels. Tasks, each over `length` tokens:
 
-- copy: the second half repeats the first; every token of it must be predicted.
-- needle: one pair (key, value) at a random depth among random tokens; the last token is the key. The question (8 tokens)
-  is trailing text, as in `psa.enable`.
+- copy: after a prefix of random length, the second half repeats the first; every token of it must be predicted.
+- needle: one pair (key, value) at a random depth among random tokens; the last token is the key. The question (8
+  tokens) is trailing text, as in `psa.enable`.
 - stream: as needle, in a redundant stream of slowly changing tokens, as a video's are.
 - needle_unpinned: as needle, with no trailing text known. The row that asks is one of 128 in its block.
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import psa
+from psa.integrations.prefill import fitted
 from psa.integrations.transformers import choose_config
 
 DIM = 64
@@ -82,9 +83,11 @@ def make_task(name: str, decoder: Decoder, length: int, seed: int) -> Task:
     g = torch.Generator().manual_seed(1000 + seed)
     table = decoder.table
     if name == "copy":
-        half = torch.randperm(VOCABULARY, generator=g)[: length // 2]
-        tokens = torch.cat((half, half))
-        return Task(table[tokens], torch.arange(length // 2, length - 1), half[1:], 0)
+        before = int(torch.randint(1, length // 8, (), generator=g))
+        count = (length - before) // 2
+        fresh = torch.randperm(VOCABULARY, generator=g)[: length - count]
+        copied = fresh[-count:]
+        return Task(table[torch.cat((fresh, copied))], torch.arange(length - count, length - 1), copied[1:], 0)
     tokens = torch.randperm(VOCABULARY, generator=g)[:length]
     embedded = table[tokens].clone()
     if name == "stream":
@@ -129,7 +132,9 @@ class Sparse:
 
     def _plan(self, q: Tensor, k: Tensor, scale: float) -> psa.Plan:
         def plan(quota: float) -> psa.Plan:
-            return psa.plan(q, k, self.settings(quota), is_causal=True, scale=scale, text_length=self.text_length)
+            config = self.settings(quota)
+            config = fitted(config, k.shape[2]) if self.settings is ours else config
+            return psa.plan(q, k, config, is_causal=True, scale=scale, text_length=self.text_length)
 
         found = plan(self.density)
         if found.density <= self.density * 1.01 or self.settings(self.density).mask_mode == "proportional":
@@ -159,7 +164,7 @@ def one_mean(quota: float) -> psa.PSAConfig:
 
 
 def ours(density: float) -> psa.PSAConfig:
-    """What ``psa.enable(model, density=...)`` uses."""
+    """What ``psa.enable(model, density=...)`` uses; blocks are fitted to the length there and in :class:`Sparse`."""
     return choose_config(None, None, density)
 
 
@@ -194,7 +199,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.35])
-    parser.add_argument("--seeds", type=int, default=20, help="of one-answer tasks; copies, with many answers, take 1")
+    parser.add_argument(
+        "--seeds", type=int, default=20, help="of one-answer tasks; copies, with many answers, take a fifth"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/long_context.jsonl"))
     args = parser.parse_args()
     where = {"torch": torch.__version__, "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
@@ -203,7 +210,9 @@ def main() -> None:
         for length in args.lengths:
             for name in args.tasks:
                 for density in args.densities:
-                    for row in measure(name, length, density, 1 if name == "copy" else args.seeds):
+                    for row in measure(
+                        name, length, density, max(1, args.seeds // 5) if name == "copy" else args.seeds
+                    ):
                         file.write(json.dumps({**row, **where}) + "\n")
                         print(*(f"{row[key]:>9}" for key in ("length", "task", "method", "density", "of_dense")))
                     file.flush()

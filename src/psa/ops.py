@@ -73,6 +73,7 @@ def select(
         block_n=config.block_n,
         tau=config.tau,
         exponent=config.exponent,
+        rank_exponent=config.rank_exponent,
         keep_all=config.keep_all,
         share_heads=config.share_heads,
         cap=similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None,

@@ -60,6 +60,7 @@ class Prefill:
         min_queries: calls with no more queries than this stay dense: decoding, short prompts.
         text_length: trailing text tokens that are always read in full; None finds them in the model's inputs.
         vision: also bidirectional calls without a mask, as vision towers make.
+        fit_blocks: smaller blocks for shorter contexts, where pinned blocks would take most of a low density.
         trailing: real text tokens behind the last image or video token, per row of the current forward pass.
     """
 
@@ -68,6 +69,7 @@ class Prefill:
     text_length: int | None = None
     vision: bool = False
     backend: str = "auto"
+    fit_blocks: bool = False
     trailing: list[int] | None = None
     seen_visual: list[bool] = field(default_factory=list)
     stats: dict[int, LayerStats] = field(default_factory=dict)
@@ -82,6 +84,21 @@ class Prefill:
         if self.trailing is None or len(self.trailing) != batch:
             return [0] * batch
         return [min(count, length_q) for count in self.trailing]
+
+
+@lru_cache(maxsize=64)
+def fitted(config: PSAConfig, length: int) -> PSAConfig:
+    """``config`` with blocks of a 128th of the context (a power of two of at least 16, at most its own).
+
+    Where one mean per block would take more than a quarter of the density, the least important blocks are dropped.
+    """
+    side = 1 << max(4, (max(1, length) // 128).bit_length() - 1)
+    block_m, block_n = min(config.block_m, side), min(config.block_n, side)
+    rows, cols = max(2, min(config.importance_rows, block_m // 8)), max(2, min(config.importance_cols, block_n // 8))
+    keep_all = config.density is None or 4 <= config.density * block_n
+    return config.replace(
+        block_m=block_m, block_n=block_n, importance_rows=rows, importance_cols=cols, keep_all=keep_all
+    )
 
 
 @dataclass(frozen=True)
@@ -250,7 +267,7 @@ def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float, causal:
         q,
         k,
         v,
-        config=prefill.config,
+        config=fitted(prefill.config, k.shape[2]) if prefill.fit_blocks else prefill.config,
         is_causal=causal,
         scale=scale,
         enable_gqa=True,

@@ -21,6 +21,8 @@ from ..errors import ConfigError
 from ..functional import resolve_config
 from .prefill import NAME, Layer, LayerStats, Prefill, psa_attention_forward, psa_mask
 
+RETRIEVAL = PSAConfig(mask_mode="proportional", rank_exponent=3.0)
+"""What ``density=`` alone changes: proportional by importance and rank (see benchmarks/long_context.py)."""
 SECTION = "qwen2.5-vl"
 """The section of the presets file that serves every model of transformers."""
 
@@ -61,6 +63,7 @@ def enable_model(
         preset: of section ``Qwen2.5_VL``; the default without ``config`` and ``density``. Dense for ``"baseline"``.
         config: settings of your own, instead of a preset.
         density: share of the lower triangle to keep, proportional; changes the preset or config where one is given.
+            Alone, it also fits the blocks to the context: 128×64 from 16k tokens, down to 16×16 below 4k.
         attention_config: a presets file laid over the built-in one.
         min_queries: prefills, and chunks of one, with no more queries than this stay dense.
         text_length: trailing tokens that always read, and are read, in full. Default: those behind the last image or
@@ -84,7 +87,8 @@ def enable_model(
             "psa.enable needs a PreTrainedModel (transformers 4.57 or later) with a text decoder"
         )
     register()
-    return Handle(model, Prefill(settings, min_queries, text_length, vision, backend))
+    fit_blocks = preset is None and config is None
+    return Handle(model, Prefill(settings, min_queries, text_length, vision, backend, fit_blocks))
 
 
 def choose_config(
@@ -95,7 +99,7 @@ def choose_config(
         raise ConfigError("preset: config and preset exclude each other; give one")
     if preset is not None or (config is None and density is None):
         config = presets.get(SECTION, preset, attention_config)
-    return resolve_config(config, density)
+    return resolve_config(RETRIEVAL if config is None else config, density)
 
 
 class Handle:
