@@ -95,7 +95,7 @@ def fitted(config: PSAConfig, length: int) -> PSAConfig:
     side = 1 << max(4, (max(1, length) // 128).bit_length() - 1)
     block_m, block_n = min(config.block_m, side), min(config.block_n, side)
     rows, cols = max(2, min(config.importance_rows, block_m // 8)), max(2, min(config.importance_cols, block_n // 8))
-    keep_all = config.density is None or 4 <= config.density * block_n
+    keep_all = config.density is None or config.density * block_n >= 4
     return config.replace(
         block_m=block_m, block_n=block_n, importance_rows=rows, importance_cols=cols, keep_all=keep_all
     )
