@@ -86,7 +86,7 @@ def select(
     return levels, power, pairs
 
 
-def _select_by_head(q, k, given, key_mask, *settings):
+def _select_by_head(q, k, given, key_mask, *settings) -> tuple[Tensor, Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     batches = []
     for b in range(q.shape[0]):
@@ -99,7 +99,8 @@ def _select_by_head(q, k, given, key_mask, *settings):
             kv = h // group
             heads.append(select(q[b : b + 1, h : h + 1], k[b : b + 1, kv : kv + 1], scores, mask, *settings))
         batches.append([_join(parts, 1) for parts in zip(*heads, strict=True)])
-    return tuple(_join(parts, 0) for parts in zip(*batches, strict=True))
+    levels, power, pairs = (_join(parts, 0) for parts in zip(*batches, strict=True))
+    return levels, power, pairs
 
 
 def _join(parts, dim):

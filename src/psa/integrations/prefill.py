@@ -183,8 +183,7 @@ def psa_attention_forward(
     """
     layer: Layer = getattr(module, "_psa", None) or _default_layer()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    padding = attention_mask is not None and attention_mask.ndim == 2
-    if padding and key.shape[2] > attention_mask.shape[1]:
+    if attention_mask is not None and attention_mask.ndim == 2 and key.shape[2] > attention_mask.shape[1]:
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     if _serves(layer.prefill, module, query, key, attention_mask, causal, dropout, kwargs):
         out = _sparse(layer, query, key, value, attention_mask, scaling, causal)
@@ -234,7 +233,7 @@ def _sparse(
 ) -> Tensor:
     """PSA over [B, H, Lq, D]: the whole batch at once, or row by row where padding or trailing text differ."""
     prefill, batch, length_q = layer.prefill, q.shape[0], q.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     width = v.shape[-1]
     if width != q.shape[-1]:  # some models' values are narrower than their keys; zeros change nothing
         wide = max(width, q.shape[-1])
@@ -242,7 +241,7 @@ def _sparse(
     rows = _real_tokens(prefill, mask)
     texts = prefill.trailing_text(batch, length_q) if causal else [0] * batch
     if rows is None and len(set(texts)) == 1:
-        return _attend(layer, q, k, v, scale, causal, texts[0])[..., :width]
+        return _attend(layer, q, k, v, factor, causal, texts[0])[..., :width]
     out = torch.zeros_like(q)
     shift = k.shape[2] - length_q
     for b, text in enumerate(texts):
@@ -253,7 +252,7 @@ def _sparse(
             queries = keys[keys >= shift] - shift
         q_row, k_row, v_row = q[b : b + 1, :, queries], k[b : b + 1, :, keys], v[b : b + 1, :, keys]
         if q_row.shape[2]:
-            out[b : b + 1, :, queries] = _attend(layer, q_row, k_row, v_row, scale, causal, min(text, q_row.shape[2]))
+            out[b : b + 1, :, queries] = _attend(layer, q_row, k_row, v_row, factor, causal, min(text, q_row.shape[2]))
     return out[..., :width]
 
 

@@ -109,7 +109,7 @@ class Handle:
         self.model = model
         self.prefill = prefill
         decoder = list(_decoder_layers(model))
-        chosen = decoder + (list(_vision_layers(model, decoder)) if prefill.vision else [])
+        chosen: list[Any] = decoder + (list(_vision_layers(model, decoder)) if prefill.vision else [])
         self._layers = [(module, getattr(module, "_psa", None)) for module in chosen]
         self._owners = [(owner, owner.config._attn_implementation) for owner in _owners(model, chosen)]
         for i, (module, before) in enumerate(self._layers):
