@@ -1,7 +1,7 @@
 """The method's stages as opaque torch operators, so that compiled graphs hold one node for each.
 
-``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend. Each has a fake kernel
-and a rule for ``torch.func.vmap``.
+``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend. Each has a fake
+kernel and a rule for ``torch.func.vmap``.
 """
 
 import torch
