@@ -45,6 +45,9 @@ class PSAConfig:
         mask_ratios: level -> (lo, hi), cumulative bounds in [0, 1]; level 0 is skipped.
         density: mean of 1/level over block pairs, in (0, 1].
         exponent: in proportional mode, rows are kept in proportion to importance ** exponent.
+        rank_exponent: in proportional mode, importance ** exponent is divided by rank ** rank_exponent, the rank among
+            a query block's visible blocks that are not pinned. Cheap estimates get the order of a sharp head's blocks
+            right, but not how far they are apart.
         keep_all: in proportional mode, never skip a block; ``False`` skips what would be coarser than one row.
         tau: fixed threshold of proportional mode; density then adapts to the input.
         share_heads: meet ``density`` over all heads of a layer instead of in each head.
@@ -80,6 +83,7 @@ class PSAConfig:
     mask_ratios: Ratios | None = None
     density: float | None = None
     exponent: float = 1.0
+    rank_exponent: float = 0.0
     keep_all: bool = True
     tau: float | None = None
     share_heads: bool = False
@@ -234,6 +238,7 @@ class PSAConfig:
         if self.density is not None:
             check_density(self.density, self.max_level, self.keep_all)
         finite("exponent", self.exponent, low=0.0)
+        finite("rank_exponent", self.rank_exponent, low=0.0)
         if self.tau is not None and finite("tau", self.tau, low=0.0) == 0:
             raise ConfigError("tau: 0 is not positive")
         if self.bias_cap is None:

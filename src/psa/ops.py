@@ -15,6 +15,9 @@ from .config import PSAConfig
 from .importance import importance, measured_mass
 from .schedule import level_index
 
+SELECT_AT_ONCE = 1 << 25
+"""Query elements above which heads are planned one by one, so that a long sequence's scratch is that of one head."""
+
 
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
@@ -43,6 +46,9 @@ def select(
     """
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
+    if q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
+        settings = (config_key, scale, is_causal, text_length, text_position)
+        return _select_by_head(q, k, v, given, key_mask, choice, *settings)
     mask = block_mask(
         q.shape[2],
         k.shape[2],
@@ -81,6 +87,7 @@ def select(
         block_n=config.block_n,
         tau=config.tau,
         exponent=config.exponent,
+        rank_exponent=config.rank_exponent,
         keep_all=config.keep_all,
         share_heads=config.share_heads,
         cap=cap,
@@ -100,6 +107,36 @@ def concentration(scored: Tensor) -> Tensor:
     """Mean over query blocks of the sum of squared shares, float32 [B, H]: 1/N when even, 1 when one block has all."""
     share = scored.float() / scored.float().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return share.square().sum(-1).mean(-1)
+
+
+def _select_by_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    given: Tensor | None,
+    key_mask: Tensor | None,
+    choice: Tensor | None,
+    *settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    batches = []
+    for b in range(q.shape[0]):
+        item = slice(b, b + 1)
+        mask = None if key_mask is None else key_mask[item]
+        heads = []
+        for h in range(q.shape[1]):
+            head, kv = slice(h, h + 1), slice(h // group, h // group + 1)
+            values = None if v is None else v[item, kv]
+            scores = None if given is None else given.expand(q.shape[0], q.shape[1], -1, -1)[item, head]
+            chosen = None if choice is None else choice.expand(q.shape[0], q.shape[1], -1)[item, head]
+            heads.append(select(q[item, head], k[item, kv], values, scores, mask, chosen, *settings))
+        batches.append([_join(parts, 1) for parts in zip(*heads, strict=True)])
+    levels, power, caps, pairs, slope, facts = (_join(parts, 0) for parts in zip(*batches, strict=True))
+    return levels, power, caps, pairs, slope, facts
+
+
+def _join(parts, dim):
+    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
 
 
 @select.register_fake

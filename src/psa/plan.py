@@ -14,7 +14,7 @@ from .backends.base import Selection
 from .config import PSAConfig
 from .errors import ConfigError, PSAError, ShapeError
 from .reorder import Permutation, SemanticState
-from .schedule import build_schedule, level_index
+from .schedule import build_schedule
 from .values import MAX_LEVEL, is_power_of_two
 
 FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
@@ -84,13 +84,12 @@ class Plan:
     @property
     def density_per_head(self) -> Tensor:
         """Mean of 1/level over block pairs (those on or below the diagonal, if causal): float32 [1|B, 1|H]."""
-        index = level_index(self.levels)
-        kept = torch.exp2(-index.float()).masked_fill(index < 0, 0.0)
+        levels = self.levels
         if not self.is_causal:
-            return kept.mean((-1, -2)) if kept.numel() else kept.sum((-1, -2))
+            return _kept(levels) / max(1, levels.shape[-1] * levels.shape[-2])
         visible = self._mask().visible
         assert visible is not None
-        return (kept * visible).sum((-1, -2)) / visible.sum((-1, -2)).clamp(min=1)
+        return _kept(levels * visible) / visible.sum((-1, -2)).clamp(min=1)
 
     @property
     def density(self) -> float:
@@ -246,6 +245,12 @@ class Plan:
             permutation=Permutation.from_dict(order) if order else None,
             config=config,
         )
+
+
+def _kept(levels: Tensor) -> Tensor:
+    """Sum of 1/level over block pairs: float32 [1|B, 1|H]. Level by level: a long plan has room for one byte a pair."""
+    counts = [(levels == (1 << e)).sum((-1, -2)) * 0.5**e for e in range(MAX_LEVEL.bit_length())]
+    return torch.stack(counts).sum(0)
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

@@ -133,6 +133,7 @@ def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float]:
             density=config.density,
             tau=config.tau,
             exponent=config.exponent,
+            rank_exponent=config.rank_exponent,
             keep_all=config.keep_all,
             block_n=config.block_n,
         ).float()
