@@ -1,0 +1,42 @@
+"""Switches PSA on in models of other libraries, through their own extension points."""
+
+import sys
+from typing import Any
+
+from ..errors import ConfigError
+
+HOSTS = ("diffusers", "transformers")
+
+
+def enable(pipeline_or_model: Any, preset: str | None = None, config: Any = None, density: float | None = None, **options: Any) -> Any:
+    """Serves the self-attention of a diffusers pipeline or model, or of a transformers model, by PSA.
+
+    Args:
+        preset: a preset of the model's section in the presets file, ``"section/preset"``, or ``"default"``.
+        config: a :class:`psa.PSAConfig` instead; without either, the library's default.
+        density: share of the work to keep, over whatever preset or config says.
+        **options: see :func:`psa.integrations.diffusers.enable_model`, :func:`psa.integrations.transformers.enable_model`.
+
+    Returns:
+        A handle: ``.disable()``, ``.stats``, and a context manager that disables on exit.
+
+    Raises:
+        ConfigError: for an object that neither library made, or settings that are not valid.
+    """
+    for host in HOSTS:
+        # An object of a library that was never imported cannot be here.
+        if host in sys.modules:
+            module = _load(host)
+            if module.supports(pipeline_or_model):
+                return module.enable_model(pipeline_or_model, preset=preset, config=config, density=density, **options)
+    raise ConfigError(
+        f"enable: expected a diffusers pipeline or model, or a transformers model, got {type(pipeline_or_model).__name__}"
+    )
+
+
+def _load(host: str) -> Any:
+    if host == "diffusers":
+        from . import diffusers as module
+    else:
+        from . import transformers as module
+    return module
