@@ -199,7 +199,8 @@ def route(previous: Any, session: Session, layer: int) -> Any:
     stock = previous
     while _is_routed(stock):
         stock = stock.psa_previous
-    return _rebuild(type(stock), dict(stock.__dict__), session, layer, previous)
+    state = {**stock.__dict__, "_parallel_config": getattr(previous, "_parallel_config", None)}
+    return _rebuild(type(stock), state, session, layer, previous)
 
 
 def _rebuild(base: type, state: dict[str, Any], session: Session, layer: int, previous: Any) -> Any:
@@ -296,7 +297,10 @@ def _serve(processor: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask:
         return _dense(processor, query, key, value, attn_mask, 0.0, False, scale, enable_gqa, config)
 
     context = getattr(config, "context_parallel_config", None)
-    return processor.psa_session.attend(processor.psa_layer, query, key, value, attn_mask, scale, dense, context)
+    exact_ring = processor.psa_dense in (None, attention_dispatch.AttentionBackendName.NATIVE)
+    return processor.psa_session.attend(
+        processor.psa_layer, query, key, value, attn_mask, scale, dense, context, exact_ring
+    )
 
 
 def _dense(processor: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,

@@ -19,6 +19,8 @@ from .layout import Layout, read_layout
 MASKED = -1e4
 """An additive mask of at most this hides a token; 0 shows it. Anything between is a bias, which stays dense."""
 
+DENSE = PSAConfig(type="dense", use_rearrange=False)
+
 
 @dataclass
 class Stats:
@@ -124,7 +126,7 @@ class Session:
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
-        dense: Callable[[], Tensor], parallel: Any = None,
+        dense: Callable[[], Tensor], parallel: Any = None, exact_ring: bool = False,
     ) -> Tensor:  # fmt: skip
         """Attention of one layer, by PSA or by ``dense()``.
 
@@ -132,6 +134,7 @@ class Session:
             q, k, v: [B, L, H, D]; under context parallelism this process's share of L.
             mask: None, [B, L], [B, 1|H, 1, L] or [B, 1, L, L], bool or additive.
             parallel: diffusers' ContextParallelConfig, if the sequence is split over processes.
+            exact_ring: with ring, dense calls go through PSA at level 1: the model's backend returns no lse to merge by.
         """
         step = self.reader.step
         config = self.schedule.at(step, self.reader.steps, layer)
@@ -139,7 +142,9 @@ class Session:
         ring = parallel is not None and parallel.ring_degree > 1
         if config is None or self.closed or not plain:
             self.stats.dense[layer, step] = self.stats.dense.get((layer, step), 0) + 1
-            return dense()
+            if not (ring and exact_ring):
+                return dense()
+            config, key_mask = DENSE, None
         if parallel is None:
             return self._sparse(layer, config, q, k, v, scale, key_mask)
         if key_mask is not None:
@@ -193,19 +198,16 @@ class Session:
         self, layer: int, config: PSAConfig, parallel: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None
     ) -> Tensor:
         """Ulysses: every token of some heads, each process's share of text and of video one after the other."""
+        from .parallel import shares
+
         layout, length = self.layout or Layout(None), q.shape[1]
         text = layout.text_in(length, self.model_name)
         if not text:
             return self._sparse(layer, config, q, k, v, scale, None)
-        world = parallel.ulysses_degree
-        if text % world or length % world:
-            raise ShapeError(f"{self.model_name}: {text} text and {length - text} video tokens do not split over {world} processes")
-        places = torch.arange(length, device=q.device).view(world, -1)
-        share = text // world
-        if layout.text_position == "last":
-            order = torch.cat((places[:, :-share].flatten(), places[:, -share:].flatten()))
-        else:
-            order = torch.cat((places[:, :share].flatten(), places[:, share:].flatten()))
+        counts = (text, length - text) if layout.text_position == "first" else (length - text, text)
+        parts = [shares(count, parallel.ulysses_degree) for count in counts]
+        places = torch.arange(length, device=q.device).split([n for pair in zip(*parts, strict=True) for n in pair])
+        order = torch.cat((*places[0::2], *places[1::2]))
         out = self._sparse(layer, config, q[:, order], k[:, order], v[:, order], scale, None)
         return out[:, order.argsort()]
 
@@ -225,7 +227,8 @@ class Session:
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config=config, scale=scale,
             grid=chunk if config.use_rearrange else None, return_lse=True, return_plan=True, backend=self.backend,
         )  # fmt: skip
-        self._count(layer, plan)
+        if config is not DENSE:
+            self._count(layer, plan)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     # -- masks -------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Commands that are too long for `psa.cli`: parsing and printing, nothing else."""
