@@ -101,7 +101,7 @@ def _cogvideo(kind, image):
         **(dict(use_learned_positional_embeddings=False)),
     ).eval()  # fmt: skip
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=16, layers_per_block=1, norm_num_groups=2,
+        block_out_channels=(4, 4, 4, 4), latent_channels=16, layers_per_block=1, norm_num_groups=2,
         sample_height=SIZE[1], sample_width=SIZE[0],
     ).eval()  # fmt: skip
     pipeline = CogVideoXImageToVideoPipeline if image else CogVideoXPipeline

@@ -90,15 +90,15 @@ class GenerateRequest:
 
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
-        if self.dense:
-            return None
         if self.known or self.preset:
             section, _, name = (self.preset or "").rpartition("/")
             config = presets.get(section or self.model, name or None, self.attention_config)
             config = config if self.density is None else config.replace(density=self.density)
         else:
             config = resolve_config(None, self.density)
-        return config if self.warmup_steps is None else config.replace(warmup_steps=self.warmup_steps)
+        if self.warmup_steps is not None:
+            config = config.replace(warmup_steps=self.warmup_steps)
+        return None if self.dense else config
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def load(request: GenerateRequest) -> Any:
 def _make(pipe: Any, request: GenerateRequest, index: int, path: Path, tell: Progress) -> dict[str, Any]:
     config = request.config()
     frames, facts = _run(pipe, request, config, index, tell)
-    record = {**_identity(request, index), "versions": versions(), **facts}
+    record = {"request": _identity(request, index), "versions": versions(), **facts}
     if request.compare and config is not None:
         dense, dense_facts = _run(pipe, request, None, index, tell)
         fps = request.fps or 16
@@ -363,7 +363,7 @@ def _finished(request: GenerateRequest, index: int, path: Path) -> dict[str, Any
     except ValueError:
         return None
     expected = json.loads(json.dumps(_identity(request, index)))
-    other = [name for name, value in expected.items() if record.get(name) != value]
+    other = [name for name, value in expected.items() if record.get("request", {}).get(name) != value]
     if other:
         raise ConfigError(f"{path}: made with another {other[0]}; choose another --output_dir, or move it away")
     return None if request.compare and "compare" not in record else record

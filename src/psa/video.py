@@ -47,12 +47,12 @@ def to_uint8(frames: Any) -> np.ndarray:
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """PSNR (dB) and SSIM, means over frames of uint8 [F, H, W, 3]; LPIPS (AlexNet) where its weights can be had."""
+    """PSNR (dB, at most 100) and SSIM of uint8 [F, H, W, 3]; LPIPS (AlexNet) where its weights can be had."""
     metrics = need("skimage.metrics", "report")
     pairs = list(zip(a, b, strict=True))
     error = float(((a.astype(np.float64) - b) ** 2).mean())
     found = {
-        "psnr": float(10 * np.log10(255**2 / error)) if error else float("inf"),
+        "psnr": min(100.0, float(10 * np.log10(255**2 / max(error, 1e-9)))),
         "ssim": float(np.mean([metrics.structural_similarity(x, y, channel_axis=-1) for x, y in pairs])),
     }
     distance = _lpips(a, b)

@@ -102,7 +102,6 @@ class ProgressView:
         self.task: Any = None
 
     def __enter__(self) -> "ProgressView":
-        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,6 +110,7 @@ class ProgressView:
     def __call__(self, event: Event) -> None:
         if event.kind == "start":
             self._close()
+            self.bar.start()
             title = f"{event.index + 1}/{event.count} {event.text[:40]}"
             self.task = self.bar.add_task(title, total=None, facts="")
         elif event.kind == "step" and self.task is not None:
