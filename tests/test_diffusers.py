@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -381,12 +380,11 @@ def test_what_cannot_be_served_is_refused():
             psa.enable(model, **options)
     with pytest.raises(PSAError, match="no transformer"):
         psa.enable(tiny.make("wan21_1.3b").vae, density=0.5)
-    assert not warnings.filters is None
 
 
 def test_import_stays_light():
     import subprocess
     import sys
 
-    code = "import psa, sys; assert not {'diffusers', 'transformers', 'triton'} & set(sys.modules); psa.enable"
+    code = "import psa, sys; assert not {'diffusers', 'transformers'} & set(sys.modules); psa.enable"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,7 @@
 """Tiny diffusers transformers with random weights, each with the arguments of one call: 4×12×13 latents, 16 text tokens."""
 
+import inspect
+
 import diffusers
 import torch
 from tiny_checkpoints import sharpen
@@ -113,11 +115,13 @@ def _qwen():
         in_channels=4, out_channels=4, num_layers=2, joint_attention_dim=32, axes_dims_rope=(4, 10, 10), **NARROW
     )
     height, width = 2 * H, 2 * W
-    return model, dict(
+    call = dict(
         hidden_states=_latents(height * width, 4), encoder_hidden_states=_text(), timestep=_time() / 1000,
         encoder_hidden_states_mask=torch.ones(2, TEXT, dtype=torch.long), img_shapes=[[(1, height, width)]] * 2,
-        txt_seq_lens=[TEXT] * 2,
     )  # fmt: skip
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # until diffusers 0.37
+        call["txt_seq_lens"] = [TEXT] * 2
+    return model, call
 
 
 def _mochi():
@@ -140,10 +144,11 @@ def _allegro():
     *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
         24, crops_coords=((0, 0), (H, W)), grid_size=(H, W), temporal_size=T, interpolation_scale=(1, 1, 1)
     )
-    grids = tuple(torch.as_tensor(g).long() for g in (grid_t, grid_h, grid_w))
+    places = torch.cartesian_prod(*(torch.as_tensor(g).long() for g in (grid_t, grid_h, grid_w)))
+    places = places.T.reshape(3, 1, -1)
     return model, dict(
         hidden_states=_latents(4, T, 2 * H, 2 * W), encoder_hidden_states=_text(), timestep=_time(),
-        encoder_attention_mask=_mask(), image_rotary_emb=(tuple(freqs), grids),
+        encoder_attention_mask=_mask(), image_rotary_emb=(tuple(freqs), places),
     )  # fmt: skip
 
 

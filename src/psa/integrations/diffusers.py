@@ -125,7 +125,7 @@ class Handle:
 
         ``density`` is that of the sparse calls, None before the first; ``overall_density`` counts dense calls as 1.
         """
-        each = {name: session.stats.values() for name, session in self.sessions.items()}
+        each = {name: s.stats.values() if s.run == s.reader.run else {} for name, s in self.sessions.items()}
         whole = {(i * 10**6 + layer, step): v for i, vs in enumerate(each.values()) for (layer, step), v in vs.items()}
         total = summary(whole)
         del total["layers"]
@@ -149,7 +149,7 @@ class Handle:
                 while _is_routed(processor) and processor.psa_session.closed:
                     processor = processor.psa_previous
                 if processor is not attn.processor:
-                    attn.set_processor(processor)
+                    attn.processor = processor
         self._models, self._hooks = {}, []
 
     def __enter__(self) -> "Handle":
@@ -191,7 +191,7 @@ def attach(model: nn.Module, session: Session, stacked: bool = False) -> None:
     """Routes every layer whose processor is not routed yet (``fuse_qkv_projections`` brings new ones), or all of them."""
     for index, (_, attn) in enumerate(_layers(model)):
         if stacked or not _open(attn.processor):
-            attn.set_processor(route(attn.processor, session, index))
+            attn.processor = route(attn.processor, session, index)
 
 
 def route(previous: Any, session: Session, layer: int) -> Any:
@@ -220,7 +220,8 @@ def _routed_class(base: type) -> type:
     """A subclass of a stock processor, whose ``isinstance`` and call signature stay those of the stock one."""
     call = base.__call__
     if not hasattr(base, "_attention_backend"):
-        call = _bind_sdpa(base)
+        call = _bind(base)
+    member = psa_backend()
 
     # diffusers drops arguments that the signature of a processor's __call__ does not name: wraps() keeps it.
     @functools.wraps(base.__call__)
@@ -236,9 +237,6 @@ def _routed_class(base: type) -> type:
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("psa_") or name == "psa_dense"}
         return _rebuild, (base, state, self.psa_session, self.psa_layer, self.psa_previous)
 
-    def backend_of(self: Any) -> Any:
-        return psa_backend()
-
     def set_dense(self: Any, value: Any) -> None:
         self.psa_dense = value
 
@@ -248,23 +246,29 @@ def _routed_class(base: type) -> type:
         "__module__": __name__,
         "psa_routed": True,
         # set_attention_backend() on an enabled model chooses what dense calls use.
-        "_attention_backend": property(backend_of, set_dense),
+        "_attention_backend": property(lambda self: member, set_dense),
         "_parallel_config": None,
     }
     return type(f"PSA{base.__name__}", (base,), members)
 
 
-def _bind_sdpa(base: type) -> Any:
-    """The stock ``__call__``, its name ``F.scaled_dot_product_attention`` bound to PSA."""
+def _bind(base: type) -> Any:
+    """The stock ``__call__``, with the attention function that it calls by name bound to PSA."""
     call = inspect.unwrap(base.__call__)
-    function = getattr(call, "__code__", None)
-    if function is None or "scaled_dot_product_attention" not in function.co_names or call.__globals__.get("F") is not F:
+    code, known = getattr(call, "__code__", None), getattr(call, "__globals__", {})
+    names = {}
+    if code is not None and "dispatch_attention_fn" in code.co_names:
+        names["dispatch_attention_fn"] = _backend
+    elif code is not None and "scaled_dot_product_attention" in code.co_names and known.get("F") is F:
+        names["F"] = types.SimpleNamespace(**{**vars(F), "scaled_dot_product_attention": _sdpa})
+    else:
         raise PSAError(
             f"enable: {base.__name__} neither goes through diffusers' attention dispatcher nor calls "
-            "scaled_dot_product_attention itself; PSA cannot serve it"
+            "F.scaled_dot_product_attention itself; PSA cannot serve it"
         )
-    functional = types.SimpleNamespace(**{**vars(F), "scaled_dot_product_attention": _sdpa})
-    bound = types.FunctionType(function, {**call.__globals__, "F": functional}, call.__name__, call.__defaults__, call.__closure__)
+    # Without __name__, torch.compile looks names up in this scope instead of in the module that it copies.
+    scope = {name: value for name, value in {**known, **names}.items() if name != "__name__"}
+    bound = types.FunctionType(code, scope, call.__name__, call.__defaults__, call.__closure__)
     bound.__kwdefaults__ = call.__kwdefaults__
     return bound
 
@@ -368,8 +372,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for top, blocks in model.named_children():
         if isinstance(blocks, nn.ModuleList):
             for name, module in blocks.named_modules(prefix=top):
-                is_attention = hasattr(module, "processor") and hasattr(module, "set_processor")
-                if is_attention and not getattr(module, "is_cross_attention", False) and not NOT_SELF.search(name):
+                if hasattr(module, "processor") and not getattr(module, "is_cross_attention", False) and not NOT_SELF.search(name):
                     yield name, module
 
 
