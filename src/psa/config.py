@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ConfigError
 
@@ -33,7 +33,7 @@ def nearest(name: object, valid: Any) -> str:
     return f"{hint} valid: {', '.join(names)}"
 
 
-def is_power_of_two(value: object) -> bool:
+def is_power_of_two(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0 and value & (value - 1) == 0
 
 
@@ -286,15 +286,15 @@ def check_ratios(ratios: object, block_n: int) -> Ratios:
     parsed: Ratios = {}
     for key, bounds in ratios.items():
         level = int(key) if isinstance(key, str) and key.isdecimal() else key
-        whole = isinstance(level, int) and not isinstance(level, bool)
-        if not whole or not (level == 0 or is_power_of_two(level)) or level > min(block_n, MAX_LEVEL):
+        skipped = isinstance(level, int) and level == 0 and level is not False
+        if not skipped and not (is_power_of_two(level) and level <= min(block_n, MAX_LEVEL)):
             raise ConfigError(f"mask_ratios.{key}: level must be 0 or a power of two up to {min(block_n, MAX_LEVEL)}")
         if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
             raise ConfigError(f"mask_ratios.{key}: {bounds!r} is not [lo, hi]")
         lo, hi = (_finite(f"mask_ratios.{key}", bound) for bound in bounds)
         if not 0.0 <= lo <= hi <= 1.0:
             raise ConfigError(f"mask_ratios.{key}: [{lo}, {hi}] is not an interval within [0, 1]")
-        parsed[level] = (lo, hi)
+        parsed[int(level)] = (lo, hi)
     ordered = sorted(parsed.items(), key=lambda item: (item[0] == 0, *item[1], item[0]))
     end, last = 0.0, 0
     for level, (lo, hi) in ordered:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import choose, load
+from .backends import reference
 from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .plan import Plan
@@ -181,9 +181,8 @@ def attend(
         out, lse = q * 0.0, (q.sum(-1) * 0.0).float() - torch.inf
     else:
         selection = plan.selection(scale, is_causal)
-        name = choose(backend, q, k, v, selection)
-        if name == "reference":
-            out, lse = load(name).forward(q, k, v, selection)
+        if backend == "reference":
+            out, lse = reference.forward(q, k, v, selection)
         else:
             out, lse = ops.attend(
                 q,
@@ -198,7 +197,7 @@ def attend(
                 selection.block_n,
                 scale,
                 is_causal,
-                name,
+                backend,
             )
     if order is not None:
         out = order.restore_q(out)
@@ -236,6 +235,10 @@ def resolve_config(config: PSAConfig | None, density: float | None) -> PSAConfig
         raise ConfigError(f"config: expected a PSAConfig, got {type(config).__name__}; see psa.PSAConfig.from_dict")
     if density is None:
         return config if config is not None else _DEFAULT
+    if torch.compiler.is_compiling():
+        from .compiled import constant_config
+
+        return constant_config((config or _DEFAULT).key, density)
     return (config or _DEFAULT).replace(density=density)
 
 
@@ -357,11 +360,6 @@ def _permutation(
     key_mask: Tensor | None,
     state: SemanticState | None,
 ) -> tuple[Permutation, SemanticState | None]:
-    if torch.compiler.is_compiling() and grid is not None and config.rearrange_method in ("Gilbert", "tile"):
-        order = ops.token_order(
-            q, config.rearrange_method, list(grid), text_length, text_position, list(config.tile_size)
-        )
-        return Permutation(order, order), None
     return reorder(
         config.rearrange_method,
         q,
@@ -378,7 +376,7 @@ def _permutation(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to the inputs of ``scaled_dot_product_attention``."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

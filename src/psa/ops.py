@@ -1,18 +1,16 @@
 """The method's stages as opaque torch operators, so that compiled graphs hold one node for each.
 
-``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend, ``psa::token_order``
-looks up a spatial order. Each has a fake kernel and a rule for ``torch.func.vmap``.
+``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend. Each has a fake kernel and a rule for ``torch.func.vmap``.
 """
 
 import torch
 from torch import Tensor
 
 from .allocate import allocate_levels, block_mask, similarity_cap
-from .backends import load
+from .backends import choose
 from .backends.base import Selection
 from .config import PSAConfig
 from .importance import importance, measured_mass
-from .reorder import spatial_permutation
 from .schedule import level_index
 
 
@@ -52,7 +50,7 @@ def select(
         device=q.device,
     )
     shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
-    if config.type == "dense":
+    if config.type == "dense" or 0 in (*shape, q.shape[2]):
         levels = torch.ones(shape, dtype=torch.uint8, device=q.device)
         levels = levels if mask.visible is None else levels * mask.visible
         return levels, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float16)
@@ -95,23 +93,6 @@ def _(q, k, given, key_mask, config_key, scale, is_causal, text_length, text_pos
     )
 
 
-@torch.library.custom_op("psa::token_order", mutates_args=())
-def token_order(
-    like: Tensor, method: str, grid: list[int], text_length: int, text_position: str, tile_size: list[int]
-) -> Tensor:
-    """A spatial order (int64 [L]) on the device of ``like``; the cached table stays out of the graph."""
-    (t, h, w), (tile_t, tile_h, tile_w) = grid, tile_size
-    permutation = spatial_permutation(
-        method, (t, h, w), text_length, text_position, (tile_t, tile_h, tile_w), device=like.device
-    )
-    return permutation.q_order.clone()
-
-
-@token_order.register_fake
-def _(like, method, grid, text_length, text_position, tile_size):
-    return like.new_empty(text_length + grid[0] * grid[1] * grid[2], dtype=torch.int64)
-
-
 @torch.library.custom_op("psa::attend", mutates_args=())
 def attend(
     q: Tensor,
@@ -130,7 +111,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Stages 5 and 6: out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq]."""
     selection = Selection(levels, block_m, block_n, scale, is_causal, query_power, bias_cap, pair_bias, key_mask)
-    return load(backend).forward(q.detach(), k.detach(), v.detach(), selection)
+    return choose(backend, q, k, v, selection).forward(q.detach(), k.detach(), v.detach(), selection)
 
 
 @attend.register_fake
@@ -161,7 +142,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their own dtypes. Levels and biases are constants."""
     selection = Selection(levels, block_m, block_n, scale, is_causal, query_power, bias_cap, pair_bias, key_mask)
-    return load(backend).backward(grad_out, grad_lse, q, k, v, out, lse, selection)
+    return choose(backend, q, k, v, selection).backward(grad_out, grad_lse, q, k, v, out, lse, selection)
 
 
 @attend_backward.register_fake

@@ -27,7 +27,7 @@ def backends() -> dict[str, list[str]]:
     return {name: load(name).device_reasons() for name in NAMES}
 
 
-def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> str:
+def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> ModuleType:
     """The backend that serves a call. An explicit name never falls back.
 
     Raises:
@@ -37,13 +37,13 @@ def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> 
         reasons = load(name).unsupported_reasons(q, k, v, selection)
         if reasons:
             raise BackendError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
-        return name
+        return load(name)
     for candidate in NAMES:
         if candidate == "triton" and not q.is_cuda:
             continue
         if not load(candidate).unsupported_reasons(q, k, v, selection):
             _announce(candidate, q.device.type)
-            return candidate
+            return load(candidate)
     raise BackendError("no backend can serve this call")
 
 

@@ -1,7 +1,7 @@
 """The portable engine of the `torch` backend: gather, multiply, normalise, multiply, one query block at a time.
 
-Works on any device and in float64. On a CPU the (batch, kv head) pairs and, going forward, spans of query blocks are shared
-among as many Python threads as torch may use; torch releases the interpreter lock inside its operators.
+Works on any device and in float64. On a CPU the (batch, kv head) pairs and, going forward, spans of query blocks are
+shared among as many Python threads as torch may use; torch releases the interpreter lock inside its operators.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,7 @@ def _scores(problem: Problem, b: int, h: int, rows: BlockRows, keys: Tensor) -> 
     """scale · q·k̄ + bias, -inf where causality hides a row: [queries, rows]."""
     q = problem.q[b, h, rows.queries]
     scores = torch.addmm(rows.bias, q, keys.T, alpha=problem.selection.scale)
-    if rows.cut is not None and rows.cut.numel():
+    if rows.cut is not None and rows.hidden is not None and rows.cut.numel():
         scores[:, rows.cut] = scores[:, rows.cut].masked_fill_(rows.hidden, -torch.inf)
     return scores
 
@@ -189,11 +189,11 @@ def backward(
     _run([partial(work, b, h) for b in range(k.shape[0]) for h in range(k.shape[1])], q.device)
     tokens = _unpool(problem, row_grads)
     dk, dv = tokens.split([q.shape[-1], v.shape[-1]], dim=-1)
-    return dq, dk * selection.scale, dv
+    return dq, dk * selection.scale, dv.contiguous()
 
 
 def _unpool(problem: Problem, row_grads: Tensor) -> Tensor:
-    """Gradients of rows handed to their real tokens, each row's divided by its count: [B, Hkv, R, ·] -> [B, Hkv, Lk, ·]."""
+    """Each row's gradient, divided by its count, handed to its real tokens: [B, Hkv, R, ·] -> [B, Hkv, Lk, ·]."""
     layout, mask = problem.layout, problem.selection.key_mask
     tokens = row_grads[..., : layout.length, :].clone()
     for e, level in enumerate(layout.levels[1:], start=1):

@@ -1,9 +1,9 @@
 """The fast path wherever there is no GPU kernel: compiled C on CPUs that have a compiler, else plain torch operators.
 
 Two engines serve the same call. `native` (float32, bfloat16, float16 on a CPU; computes in float32) is the C code of
-`psa.backends.native`. `blocks` runs on any device and in float64 too: per query block it gathers the rows that the plan
-selects, multiplies, normalises, multiplies. Both need memory O(L) beyond their inputs and the plan, and both give the same
-bits run after run.
+`psa.backends.native`. `blocks` runs on any device and in float64 too: per query block it gathers the rows that the
+plan selects, multiplies, normalises, multiplies. Both need memory O(L) beyond their inputs and the plan, and both give
+the same bits run after run.
 """
 
 import torch
@@ -42,9 +42,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tens
     """Pyramid attention with the levels as given (METHOD: §2).
 
     Returns:
-        out [B, H, Lq, D] in the dtype of q; lse [B, H, Lq], natural log, float32 (float64 for float64 inputs). Rows that
-        select nothing: out 0, lse -inf.
+        out [B, H, Lq, D] in the dtype of q; lse [B, H, Lq], natural log, float32 (float64 for float64 inputs). Rows
+        that select nothing: out 0, lse -inf.
     """
+    if q.numel() == 0 or k.numel() == 0:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_zeros(q.shape), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
     engine = calls if engine_for(q) == "native" else blocks
     out, lse = engine.forward(q, k, v, selection)
     return out.to(q.dtype), lse
@@ -61,6 +64,8 @@ def backward(
     selection: Selection,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their own dtypes; levels and biases are constants. grad_lse may be None."""
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     engine = calls if engine_for(q) == "native" else blocks
     dq, dk, dv = engine.backward(grad_out, grad_lse, q, k, v, out, lse, selection)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

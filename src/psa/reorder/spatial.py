@@ -75,13 +75,16 @@ def spatial_permutation(
     """
     key = (method.lower(), tuple(grid), text_length, text_position, tuple(tile_size), torch.device(device))
     if torch.compiler.is_compiling():
-        order = _constant_order(*key)
+        from ..compiled import constant_order
+
+        order = constant_order(*key)
         return Permutation(order, order)
-    return _cached_permutation(*key)
+    return cached_permutation(*key)
 
 
 @lru_cache(maxsize=64)
-def _cached_permutation(method, grid, text_length, text_position, tile_size, device) -> Permutation:
+def cached_permutation(method, grid, text_length, text_position, tile_size, device) -> Permutation:
+    """`spatial_permutation` with hashable arguments."""
     if method == "gilbert":
         order = gilbert_order(width=grid[2], height=grid[1], depth=grid[0])
     elif method == "tile":
@@ -91,12 +94,6 @@ def _cached_permutation(method, grid, text_length, text_position, tile_size, dev
     with torch.inference_mode(False):  # the cache outlives this call; its tensors may serve a backward pass later
         order = with_text(order.clone(), text_length, text_position).to(device)
     return Permutation(order, order)
-
-
-@torch.compiler.assume_constant_result
-def _constant_order(*key) -> Tensor:
-    """For torch.compile: the trace takes the order as a constant of the grid, instead of following how it was found."""
-    return _cached_permutation(*key).q_order
 
 
 def _walk_with_memory():

@@ -1,8 +1,8 @@
-"""The compiled engine of the `torch` backend: a few hundred lines of C, built on first use with the machine's own compiler.
+"""The compiled engine of the `torch` backend: a few hundred lines of C, built on first use with the machine's compiler.
 
-`library()` compiles `psa.c` once per (source, flags, compiler, CPU) into the user's cache directory and loads it with ctypes;
-`unavailable_reasons()` says why that is not possible. Nothing happens at import. `PSA_NATIVE=0` turns the engine off,
-`PSA_NATIVE_CFLAGS` adds compiler flags, `CC` names the compiler.
+`library()` compiles `psa.c` once per (source, flags, compiler, CPU) into the user's cache directory and loads it with
+ctypes; `unavailable_reasons()` says why that is not possible. Nothing happens at import. `PSA_NATIVE=0` turns the
+engine off, `PSA_NATIVE_CFLAGS` adds compiler flags, `CC` names the compiler.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ SOURCES = ("psa.c", "backward.h", "rows.h", "pyramid.h", "args.h", "tiles.h")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", "-w")
 NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts
 COMPILE_SECONDS = 120
+SETTINGS = ("CC", "PATH", "HOME", "XDG_CACHE_HOME", "PSA_NATIVE_CFLAGS")
 
 
 def unavailable_reasons() -> list[str]:
@@ -35,27 +36,33 @@ def unavailable_reasons() -> list[str]:
     return []
 
 
-@functools.cache
-def _outcome(cflags: str, compiler: str, cache: str) -> "ctypes.CDLL | BackendError":
-    try:
-        return _load(_compiled(cflags.split(), compiler, Path(cache)))
-    except (BackendError, OSError, subprocess.SubprocessError) as error:
-        return error if isinstance(error, BackendError) else BackendError(f"the native engine cannot be built: {error}")
-
-
 def library() -> ctypes.CDLL:
-    """The loaded library with `psa_forward` and `psa_backward`; raises BackendError with the reason when there is none."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise BackendError("the native engine needs a C compiler: found none of $CC, cc, gcc, clang")
-    outcome = _outcome(os.environ.get("PSA_NATIVE_CFLAGS", ""), compiler, str(cache_directory()))
+    """The loaded library with `psa_forward` and `psa_backward`.
+
+    Raises:
+        BackendError: with the reason when it cannot be built here. The outcome is remembered.
+    """
+    outcome = _outcome(tuple(os.environ.get(name) for name in SETTINGS))
     if isinstance(outcome, BackendError):
         raise outcome
     return outcome
 
 
+@functools.cache
+def _outcome(_settings: tuple[str | None, ...]) -> "ctypes.CDLL | BackendError":
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return BackendError("the native engine needs a C compiler: found none of $CC, cc, gcc, clang")
+    try:
+        return _load(_compiled(os.environ.get("PSA_NATIVE_CFLAGS", "").split(), compiler, cache_directory()))
+    except BackendError as error:
+        return error
+    except (OSError, subprocess.SubprocessError) as error:
+        return BackendError(f"the native engine cannot be built: {error}")
+
+
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/psa or ~/.cache/psa; where neither can be written, a directory of this user under the temporary one."""
+    """$XDG_CACHE_HOME/psa or ~/.cache/psa; where that cannot be written, a private temporary directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     wanted = (Path(base) if base else Path("~/.cache").expanduser()) / "psa"
     try:
