@@ -112,7 +112,9 @@ def test_torchrun_makes_one_video(kind, tmp_path):
     import tiny_checkpoints as tiny
 
     folder = tiny.save(kind, tmp_path / "checkpoint")
-    script = ROOT / "examples/inference" / ("wan21/wan21_1.3b.py" if kind.startswith("wan") else "cogvideo/cogvideo_5b.py")
+    script = (
+        ROOT / "examples/inference" / ("wan21/wan21_1.3b.py" if kind.startswith("wan") else "cogvideo/cogvideo_5b.py")
+    )
     flags = f"--model {kind} --prompt cat --use_psa --no_warmup --width 224 --height 208 --num_frames 17"
     given = [str(script), *flags.split(), "--num_inference_steps", "2", "--model_path", str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -120,12 +122,38 @@ def test_torchrun_makes_one_video(kind, tmp_path):
     commands = {"one": [], "two": split}
     for name, launcher in commands.items():
         extra = ["--context_parallel", "ulysses=2"] if launcher else []
-        command = [sys.executable, *launcher, *given, *extra, "--output_dir", name]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        command = [sys.executable, *launcher, *given, *extra]
+        (tmp_path / name).mkdir()
+        done = subprocess.run(command, cwd=tmp_path / name, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     from psa.video import likeness, read_video
 
-    videos = [read_video(tmp_path / name / "video_0000.mp4") for name in commands]
-    assert likeness(*videos)["psnr"] > 30
-    record = json.loads((tmp_path / "two/video_0000.json").read_text())
+    videos = [next((tmp_path / name).glob("outputs/*/*/video_0000.mp4")) for name in commands]
+    assert likeness(*map(read_video, videos))["psnr"] > 30
+    record = json.loads(videos[1].with_suffix(".json").read_text())
     assert record["stats"]["dense_calls"] == 0
+
+
+@pytest.mark.slow
+def test_accelerate_splits_prompts_over_processes(tmp_path):
+    import tiny_checkpoints as tiny
+
+    folder = tiny.save("wan21_1.3b", tmp_path / "checkpoint")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    flags = "--prompt_file prompts.txt --use_psa --no_warmup --width 224 --height 208 --num_frames 17"
+    given = [str(ROOT / "examples/inference/wan21/wan21_1.3b.py"), *flags.split(), "--num_inference_steps", "1"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *given,
+        "--model_path",
+        str(folder),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("outputs/*/*/video_000?.mp4"))) == 3
+    assert len(list(tmp_path.glob("outputs/*/*"))) == 1

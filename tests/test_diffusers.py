@@ -8,13 +8,13 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-import diffusers  # noqa: E402
-import tiny_checkpoints as tiny  # noqa: E402
-from tiny_models import MODELS, build  # noqa: E402
+import diffusers
+import tiny_checkpoints as tiny
+from tiny_models import MODELS, build
 
-import psa  # noqa: E402
-from psa.errors import ConfigError, PSAError, ShapeError  # noqa: E402
-from psa.integrations.denoising import Schedule, StepReader  # noqa: E402
+import psa
+from psa.errors import ConfigError, PSAError, ShapeError
+from psa.integrations.denoising import Schedule, StepReader
 
 SMALL = dict(width=224, height=208, num_frames=17)
 
@@ -293,7 +293,7 @@ def test_an_enabled_pipeline_is_freed_when_dropped():
     run(pipe, steps=1)
     gc.collect()
     gone = weakref.ref(pipe.transformer)
-    pipe = None  # noqa: F841
+    pipe = None
     gc.collect()
     assert gone() is None
 
@@ -321,7 +321,9 @@ def test_set_attention_backend_chooses_the_dense_steps(wan):
         assert handle.stats["sparse_calls"] == 4
         wan.transformer.reset_attention_backend()
     dispatch = diffusers.models.attention_dispatch
-    dispatch._AttentionBackendRegistry._active_backend = dispatch.AttentionBackendName.NATIVE  # which reset leaves behind
+    dispatch._AttentionBackendRegistry._active_backend = (
+        dispatch.AttentionBackendName.NATIVE
+    )  # which reset leaves behind
     assert torch.equal(run(wan, steps=2), plain)
 
 

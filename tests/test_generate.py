@@ -170,10 +170,14 @@ def test_missing_weights_name_the_command_that_fetches_them(monkeypatch, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PSAError, match="hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers$"):
+    with pytest.raises(PSAError, match=r"hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers$"):
         generate(GenerateRequest("wan21_1.3b", ("a cat",)))
-    with pytest.raises(PSAError, match="hf download GYP666/BLADE .*pytorch_lora_weights.safetensors --local-dir ./weights$"):
-        generate(GenerateRequest("cogvideo_5b_lora", ("a cat",), model_path=str(tiny.save("cogvideo_5b", tmp_path / "c"))))
+    with pytest.raises(
+        PSAError, match=r"hf download GYP666/BLADE .*pytorch_lora_weights.safetensors --local-dir ./weights$"
+    ):
+        generate(
+            GenerateRequest("cogvideo_5b_lora", ("a cat",), model_path=str(tiny.save("cogvideo_5b", tmp_path / "c")))
+        )
 
 
 def test_prompt_files(tmp_path):
@@ -216,7 +220,9 @@ def test_a_batch_goes_on_after_a_failure_and_resumes(checkpoints, tmp_path, monk
 
 def test_compare(checkpoints, tmp_path):
     out = str(tmp_path / "out")
-    result = make(request("wan21_1.3b", checkpoints("wan21_1.3b"), density=0.3, compare=True, warmup_steps=0, output_dir=out))
+    result = make(
+        request("wan21_1.3b", checkpoints("wan21_1.3b"), density=0.3, compare=True, warmup_steps=0, output_dir=out)
+    )
     facts = result.record["compare"]
     assert {"psnr", "ssim", "speedup", "density", "seconds_dense", "seconds_psa"} <= set(facts)
     assert 5 < facts["psnr"] < 100 and 0 < facts["ssim"] <= 1

@@ -94,7 +94,8 @@ def _cogvideo(kind, image):
     newer = kind == "cogvideo1.5_5b"
     text_length = 226
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, in_channels=32 if image else 16, out_channels=16, time_embed_dim=8,
+        num_attention_heads=2, attention_head_dim=32,
+        in_channels=32 if image else 16, out_channels=16, time_embed_dim=8,
         text_embed_dim=32, num_layers=2, sample_width=SIZE[0] // 8, sample_height=SIZE[1] // 8, sample_frames=FRAMES,
         patch_size=2, patch_size_t=2 if newer else None, max_text_seq_length=text_length,
         use_rotary_positional_embeddings=True, patch_bias=not newer,

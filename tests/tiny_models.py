@@ -1,4 +1,4 @@
-"""Tiny diffusers transformers with random weights, each with the arguments of one call: 4×12×13 latents, 16 text tokens."""
+"""Tiny diffusers transformers with random weights, each with the arguments of one call: a 4×12×13 grid, 16 text tokens."""
 
 import inspect
 
@@ -52,13 +52,15 @@ def _vace():
 
 def _cogvideox(patch_size_t=None):
     model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, time_embed_dim=8, text_embed_dim=32, num_layers=2, sample_width=2 * W,
-        sample_height=2 * H, patch_size_t=patch_size_t, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
+        num_attention_heads=2, attention_head_dim=32, time_embed_dim=8, text_embed_dim=32, num_layers=2,
+        sample_width=2 * W, sample_height=2 * H, patch_size_t=patch_size_t, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     frames = 6 if patch_size_t else T
     grid = frames // (patch_size_t or 1) * H * W
     angles = torch.rand(grid, 16).repeat_interleave(2, 1)
-    call = dict(hidden_states=_latents(frames, 16, 2 * H, 2 * W), timestep=_time().long(), encoder_hidden_states=_text())
+    call = dict(
+        hidden_states=_latents(frames, 16, 2 * H, 2 * W), timestep=_time().long(), encoder_hidden_states=_text()
+    )
     return model, {**call, "image_rotary_emb": (angles.cos(), angles.sin())}
 
 
@@ -87,8 +89,8 @@ def _hunyuan15():
 
 def _ltx():
     model = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=24, cross_attention_dim=48, num_layers=2,
-        caption_channels=32,
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=24, cross_attention_dim=48,
+        num_layers=2, caption_channels=32,
     )  # fmt: skip
     return model, dict(
         hidden_states=_latents(T * H * W, 8), encoder_hidden_states=_text(), timestep=_time(),
@@ -138,8 +140,8 @@ def _allegro():
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     model = diffusers.AllegroTransformer3DModel(
-        num_layers=2, cross_attention_dim=48, sample_height=2 * H, sample_width=2 * W, sample_frames=T, caption_channels=32,
-        **NARROW,
+        num_layers=2, cross_attention_dim=48, sample_height=2 * H, sample_width=2 * W, sample_frames=T,
+        caption_channels=32, **NARROW,
     )  # fmt: skip
     *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
         24, crops_coords=((0, 0), (H, W)), grid_size=(H, W), temporal_size=T, interpolation_scale=(1, 1, 1)

@@ -33,7 +33,9 @@ class Checkpoint:
         """Raises unless this is a folder with a pipeline, or looks like a hub id."""
         if self.folder is not None:
             if not (self.folder / "model_index.json").is_file():
-                raise ConfigError(f"{self.source}: no model_index.json there; expected a folder saved by save_pretrained")
+                raise ConfigError(
+                    f"{self.source}: no model_index.json there; expected a folder saved by save_pretrained"
+                )
         elif self.source.count("/") != 1 or self.source.startswith((".", "/", "~")):
             raise ConfigError(f"{self.source}: no such folder")
 
@@ -49,9 +51,11 @@ class Checkpoint:
             hub = need("huggingface_hub", "diffusers")
             try:
                 path = Path(hub.hf_hub_download(self.source, name))
-            except hub.errors.RemoteEntryNotFoundError if hasattr(hub.errors, "RemoteEntryNotFoundError") else hub.errors.EntryNotFoundError:
+            except hub.errors.LocalEntryNotFoundError as error:
+                raise self.missing(error) from error
+            except hub.errors.EntryNotFoundError:
                 return {}
-            except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+            except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
                 raise self.missing(error) from error
         if not path.is_file():
             return {}
@@ -64,7 +68,9 @@ class Checkpoint:
         reason = str(error).strip().split("\n")[0][:160]
         if self.folder is not None:
             return PSAError(f"{self.source}: cannot be loaded ({reason})")
-        return PSAError(f"{self.source}: not in the cache and not reachable ({reason}); fetch it with: hf download {self.source}")
+        return PSAError(
+            f"{self.source}: not in the cache and not reachable ({reason}); fetch it with: hf download {self.source}"
+        )
 
     @cached_property
     def class_name(self) -> str:

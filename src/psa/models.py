@@ -74,7 +74,9 @@ def known(name: str) -> VideoModel:
         ConfigError: naming the nearest known model.
     """
     if name not in MODELS:
-        raise ConfigError(f"model: {name!r} is not known{nearest(name, MODELS)}; or a folder, or a hub id such as org/name")
+        raise ConfigError(
+            f"model: {name!r} is not known{nearest(name, MODELS)}; or a folder, or a hub id such as org/name"
+        )
     return MODELS[name]
 
 

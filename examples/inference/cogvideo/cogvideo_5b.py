@@ -1,4 +1,4 @@
-"""Videos by cogvideo1.5_5b, cogvideo_5b, cogvideo_5b_lora: dense, or by PSA with --use_psa. See examples/README.md, or --help."""
+"""CogVideoX videos: dense, or by PSA with --use_psa. See examples/README.md, or --help."""
 
 import sys
 from pathlib import Path

@@ -23,8 +23,12 @@ def generate_command(
     prompt_file: Annotated[Path | None, Option("--prompt_file", help="One prompt a line.")] = None,
     negative_prompt: Annotated[str | None, Option("--negative_prompt")] = None,
     image: Annotated[str | None, Option("--image", help="First frame, for image-to-video.")] = None,
-    model_path: Annotated[str | None, Option("--model_path", help="Take the known model's weights from this folder.")] = None,
-    lora_path: Annotated[str | None, Option("--lora_path", help="LoRA weights: a .safetensors file or its folder.")] = None,
+    model_path: Annotated[
+        str | None, Option("--model_path", help="Take the known model's weights from this folder.")
+    ] = None,
+    lora_path: Annotated[
+        str | None, Option("--lora_path", help="LoRA weights: a .safetensors file or its folder.")
+    ] = None,
     use_psa: Annotated[bool | None, Option("--use_psa/--dense", help="PSA, or dense attention.")] = None,
     preset: Annotated[str | None, Option("--preset", "--attention_preset", help="See `psa presets`.")] = None,
     attention_config: Annotated[str | None, Option("--attention_config", help="YAML file of presets.")] = None,
@@ -121,7 +125,13 @@ class ProgressView:
             self.bar.update(self.task, completed=event.step, total=event.steps or None, facts=facts)
         else:
             self._close()
-            words = {"load": "loading", "skip": "finished before:", "done": "wrote", "fail": "[red]failed[/red]", "advice": "[yellow]note[/yellow]"}
+            words = {
+                "load": "loading",
+                "skip": "finished before:",
+                "done": "wrote",
+                "fail": "[red]failed[/red]",
+                "advice": "[yellow]note[/yellow]",
+            }
             where = f" {event.index + 1}/{event.count}" if event.kind == "fail" else ""
             console.print(f"{words[event.kind]}{where}", end=" ")
             console.print(event.text, markup=False, highlight=False)
@@ -146,7 +156,9 @@ def report(results: list[Result], verbose: bool) -> None:
     failed = [result for result in results if result.error]
     if failed:
         for result in failed:
-            console.print(f"failed: {result.path.name} ({result.prompt[:60]!r}): {result.error}", markup=False, highlight=False)
+            console.print(
+                f"failed: {result.path.name} ({result.prompt[:60]!r}): {result.error}", markup=False, highlight=False
+            )
         raise typer.Exit(1)
 
 

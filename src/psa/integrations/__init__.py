@@ -8,14 +8,16 @@ from ..errors import ConfigError
 HOSTS = ("diffusers", "transformers")
 
 
-def enable(pipeline_or_model: Any, preset: str | None = None, config: Any = None, density: float | None = None, **options: Any) -> Any:
+def enable(
+    pipeline_or_model: Any, preset: str | None = None, config: Any = None, density: float | None = None, **options: Any
+) -> Any:
     """Serves the self-attention of a diffusers pipeline or model, or of a transformers model, by PSA.
 
     Args:
-        preset: a preset of the model's section in the presets file, ``"section/preset"``, or ``"default"``.
+        preset: a preset of the model's section, ``"section/preset"``, or ``"default"``.
         config: a :class:`psa.PSAConfig` instead; without either, the library's default.
         density: share of the work to keep, over whatever preset or config says.
-        **options: see :func:`psa.integrations.diffusers.enable_model`, :func:`psa.integrations.transformers.enable_model`.
+        **options: see ``enable_model`` of :mod:`psa.integrations.diffusers` and :mod:`psa.integrations.transformers`.
 
     Returns:
         A handle: ``.disable()``, ``.stats``, and a context manager that disables on exit.
@@ -30,7 +32,8 @@ def enable(pipeline_or_model: Any, preset: str | None = None, config: Any = None
             if module.supports(pipeline_or_model):
                 return module.enable_model(pipeline_or_model, preset=preset, config=config, density=density, **options)
     raise ConfigError(
-        f"enable: expected a diffusers pipeline or model, or a transformers model, got {type(pipeline_or_model).__name__}"
+        "enable: expected a diffusers pipeline or model, or a transformers model, "
+        f"got {type(pipeline_or_model).__name__}"
     )
 
 

@@ -93,7 +93,7 @@ class StepReader:
 
         Args:
             timestep: number or tensor; of several the largest counts (image-to-video marks clean frames with 0).
-            scheduler: diffusers scheduler whose ``timesteps`` are those of this run; None orders calls among themselves.
+            scheduler: diffusers scheduler with the ``timesteps`` of this run; None orders calls among themselves.
         """
         times = getattr(scheduler, "timesteps", None)
         if isinstance(times, Tensor) and times is not self._source and times.numel():

@@ -61,7 +61,9 @@ class Layout:
         return rest
 
 
-def read_layout(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], text_position: str | None) -> tuple[Layout, Any]:
+def read_layout(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], text_position: str | None
+) -> tuple[Layout, Any]:
     """The layout of a call of ``model(*args, **kwargs)``, and its timestep (None where it has none)."""
     call = arguments(model, args, kwargs)
     name = type(model).__name__

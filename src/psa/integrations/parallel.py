@@ -1,11 +1,12 @@
 """Context parallelism: diffusers moves the tokens between processes, PSA attends what each process holds.
 
-Ulysses exchanges heads for tokens, so that each process attends the whole sequence with its share of the heads: the same
-result as one process. Ring keeps the queries and merges attention over the keys of one process after another by their
+Ulysses exchanges heads for tokens, so that each process attends the whole sequence with its share of the heads: the
+same result as one process. Ring keeps the queries and merges attention over the keys of one process after another by their
 lse: exact for dense attention; PSA then selects within each pair of chunks.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -28,14 +29,26 @@ def distributed_attention(
     """Attention of [B, L/processes, H, D] through diffusers' own exchange.
 
     Args:
-        serve: (q, k, v, scale) -> out [B, L, H, D] of what one exchange brings together; with ring (out, lse [B, L, H]).
+        serve: (q, k, v, scale) -> out [B, L, H, D] of what an exchange brings together; with ring (out, lse [B, L, H]).
     """
 
     def forward_op(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **_: Any):
         return serve(query, key, value, scale)
 
-    return attention_dispatch._templated_context_parallel_attention(
-        q, k, v, None, 0.0, False, scale, False, False, forward_op=forward_op, backward_op=None, _parallel_config=_Wrapped(parallel)
+    dispatch: Any = attention_dispatch
+    return dispatch._templated_context_parallel_attention(
+        q,
+        k,
+        v,
+        None,
+        0.0,
+        False,
+        scale,
+        False,
+        False,
+        forward_op=forward_op,
+        backward_op=None,
+        _parallel_config=_Wrapped(parallel),
     )
 
 
@@ -46,14 +59,22 @@ class _Wrapped:
         self.context_parallel_config = context_parallel_config
 
 
+def join_processes() -> None:
+    """Joins the processes of torchrun, each on its own GPU where there are any."""
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
 def split_sequence(pipe: Any, degrees: dict[str, int], device: str) -> str:
     """Splits the tokens of a pipeline's transformers over the processes of torchrun; returns this process's device."""
-    cuda = device.startswith("cuda")
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        device = f"cuda:{dist.get_rank() % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
+    join_processes()
+    if device.startswith("cuda"):
+        device = f"cuda:{torch.cuda.current_device()}"
     for name, model in pipe.components.items():
         if name.startswith("transformer") and model is not None:
             enable_parallelism(model, **degrees)
@@ -93,7 +114,7 @@ def _one_device_at_least():
 
 
 def shares(count: int, processes: int) -> list[int]:
-    """How many of ``count`` tokens each process holds: the first ones hold one more, as ``torch.tensor_split`` deals."""
+    """How many of ``count`` tokens each process holds: the first ones one more, as ``torch.tensor_split`` deals."""
     return [count // processes + (rank < count % processes) for rank in range(processes)]
 
 

@@ -134,7 +134,7 @@ class Session:
             q, k, v: [B, L, H, D]; under context parallelism this process's share of L.
             mask: None, [B, L], [B, 1|H, 1, L] or [B, 1, L, L], bool or additive.
             parallel: diffusers' ContextParallelConfig, if the sequence is split over processes.
-            exact_ring: with ring, dense calls go through PSA at level 1: the model's backend returns no lse to merge by.
+            exact_ring: with ring, dense calls go through PSA at level 1: the model's backend returns no lse.
         """
         step = self.reader.step
         config = self.schedule.at(step, self.reader.steps, layer)
@@ -148,14 +148,23 @@ class Session:
         if parallel is None:
             return self._sparse(layer, config, q, k, v, scale, key_mask)
         if key_mask is not None:
-            raise ConfigError(f"{self.model_name}: context parallelism with padded tokens is not supported; pass prompts of one length")
+            raise ConfigError(
+                f"{self.model_name}: context parallelism does not take padded tokens; pass prompts of one length"
+            )
         from .parallel import distributed_attention
 
         serve = self._ring_chunk if ring else self._all_tokens
         return distributed_attention(q, k, v, scale, functools.partial(serve, layer, config, parallel), parallel)
 
     def _sparse(
-        self, layer: int, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_mask: Tensor | None
+        self,
+        layer: int,
+        config: PSAConfig,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        key_mask: Tensor | None,
     ) -> Tensor:
         """PSA on the whole sequence, [B, L, H, D]."""
         layout = self.layout or Layout(None)
@@ -178,13 +187,15 @@ class Session:
         return out.roll(-shift, 1) if shift else out
 
     def _pin_frames(self, layout: Layout, text: int) -> tuple[tuple[int, int, int], int, str, int]:
-        """Grid without the dense frames, and the roll that brings last frames, text and first frames together in front."""
+        """Grid without the dense frames, and the roll that brings last frames, text, first frames together in front."""
         first, last = self.dense_frames
         if layout.grid is None:
             raise ShapeError(f"{self.model_name}: dense frames need a grid, which this model does not tell")
         t, h, w = layout.grid
         if first + last >= t:
-            raise ShapeError(f"{self.model_name}: {first} first and {last} last dense frames leave none of the {t} latent frames")
+            raise ShapeError(
+                f"{self.model_name}: {first} first and {last} last dense frames leave none of the {t} latent frames"
+            )
         shift = last * h * w + (text if layout.text_position == "last" else 0)
         return (t - first - last, h, w), text + (first + last) * h * w, "first", shift
 
