@@ -66,7 +66,11 @@ def options(kind, tmp_path):
     return {"lora_path": str(lora(tmp_path / "lora"))} if kind == "cogvideo_5b_lora" else {}
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+QUICK = ("wan21_1.3b", "wan22_a14b", "cogvideo1.5_5b")
+"""In `make test`; the others, of the same classes, in `make test-all`."""
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in tiny.KINDS])
 def test_every_model_setting_end_to_end(kind, checkpoints, tmp_path, monkeypatch):
     """Dense, PSA at density 1 (the same video) and every preset, from disk to an mp4 with all frames."""
     written = {}
@@ -100,7 +104,10 @@ def make(request, progress=None):
     return results[0]
 
 
-@pytest.mark.parametrize("kind", ["wan21_14b", "wan22_5b", "wan22_a14b", "cogvideo_5b", "cogvideo1.5_5b"])
+IMAGE = [pytest.param(k, marks=pytest.mark.slow) for k in ("wan22_5b", "wan22_a14b", "cogvideo_5b")]
+
+
+@pytest.mark.parametrize("kind", ["wan21_14b", "cogvideo1.5_5b", *IMAGE])
 def test_image_to_video(kind, checkpoints, tmp_path):
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Tiny diffusers transformers with random weights, each with the arguments of one call: a 4×12×13 grid, 16 text tokens."""
+"""Tiny diffusers transformers, each with the arguments of one call: a 4×12×13 grid, 16 text tokens."""
 
 import inspect
 
@@ -53,7 +53,8 @@ def _vace():
 def _cogvideox(patch_size_t=None):
     model = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=32, time_embed_dim=8, text_embed_dim=32, num_layers=2,
-        sample_width=2 * W, sample_height=2 * H, patch_size_t=patch_size_t, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
+        sample_width=2 * W, sample_height=2 * H, patch_size_t=patch_size_t, max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
     )  # fmt: skip
     frames = 6 if patch_size_t else T
     grid = frames // (patch_size_t or 1) * H * W

@@ -1,5 +1,6 @@
 """Switches PSA on in models of other libraries, through their own extension points."""
 
+import importlib
 import sys
 from typing import Any
 
@@ -28,18 +29,10 @@ def enable(
     for host in HOSTS:
         # An object of a library that was never imported cannot be here.
         if host in sys.modules:
-            module = _load(host)
+            module = importlib.import_module(f".{host}", __name__)
             if module.supports(pipeline_or_model):
                 return module.enable_model(pipeline_or_model, preset=preset, config=config, density=density, **options)
     raise ConfigError(
         "enable: expected a diffusers pipeline or model, or a transformers model, "
         f"got {type(pipeline_or_model).__name__}"
     )
-
-
-def _load(host: str) -> Any:
-    if host == "diffusers":
-        from . import diffusers as module
-    else:
-        from . import transformers as module
-    return module

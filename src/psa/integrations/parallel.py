@@ -1,8 +1,8 @@
 """Context parallelism: diffusers moves the tokens between processes, PSA attends what each process holds.
 
 Ulysses exchanges heads for tokens, so that each process attends the whole sequence with its share of the heads: the
-same result as one process. Ring keeps the queries and merges attention over the keys of one process after another by their
-lse: exact for dense attention; PSA then selects within each pair of chunks.
+same result as one process. Ring keeps the queries and merges attention over the keys of one process after another by
+their lse: exact for dense attention; PSA then selects within each pair of chunks.
 """
 
 import contextlib

@@ -157,7 +157,7 @@ def _dense(processor: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask:
 def _layer(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None, tag: Tensor
 ) -> Tensor:
-    """One attention call of an enabled model inside a compiled graph; tag = [session, layer]: layers share the graph."""
+    """One attention call of an enabled model inside a compiled graph; tag = [session, layer]; layers share it."""
     number, index = tag.tolist()
     session = SESSIONS[number]
     processor = session.processors[index]()
