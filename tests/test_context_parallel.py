@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
+from packaging.version import Version
+
 import psa
 from psa.errors import ConfigError
 
@@ -58,10 +60,14 @@ CASES = [
     ("flux", ULYSSES, {"density": 0.3}),
     ("wan", ULYSSES, {"density": 0.3, "warmup_steps": 5}),
     ("cogvideox", ULYSSES, {"density": 0.3, "warmup_steps": 5}),
-    ("wan", RING, {"density": 1.0}),
-    ("wan", RING, {"density": 0.3, "warmup_steps": 5}),
-    ("wan", RING, {"density": 0.4}),
 ]
+if Version(diffusers.__version__) >= Version("0.37"):
+    # 0.36 also sends Wan's cross-attention around the ring, which its native backend refuses.
+    CASES += [
+        ("wan", RING, {"density": 1.0}),
+        ("wan", RING, {"density": 0.3, "warmup_steps": 5}),
+        ("wan", RING, {"density": 0.4}),
+    ]
 
 
 @pytest.fixture(scope="module")
