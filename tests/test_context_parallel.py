@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-diffusers = pytest.importorskip("diffusers")
 from packaging.version import Version
 
 import psa
 from psa.errors import ConfigError
 
+diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[1]
 
 
