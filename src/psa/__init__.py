@@ -1,5 +1,7 @@
 """Pyramid Sparse Attention: attention that reads unimportant keys through averages instead of dropping them."""
 
+from typing import Any
+
 from .allocate import allocate_levels, similarity_cap
 from .backends import backends
 from .config import PSAConfig
@@ -24,9 +26,18 @@ __all__ = [
     "allocate_levels",
     "attend",
     "backends",
+    "enable",
     "gilbert_order",
     "merge",
     "plan",
     "psa_attention",
     "similarity_cap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "enable":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .integrations import enable
+
+    return enable

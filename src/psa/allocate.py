@@ -266,10 +266,13 @@ def proportional(
 
 
 def _tie_break(log_share: Tensor) -> Tensor:
-    """A fixed offset in [0, 1/64) for each (head, query block, KV block): multiples of the golden ratio, modulo one."""
-    _, heads, m, n = log_share.shape
-    steps = torch.arange(heads * m * n, device=log_share.device, dtype=torch.float64)
-    return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, heads, m, n)
+    """A fixed offset in [0, 1/64) for each (query block, KV block): multiples of the golden ratio, modulo one.
+
+    The same in every head, so that a process that holds some of the heads selects what one with all of them does.
+    """
+    m, n = log_share.shape[-2:]
+    steps = torch.arange(m * n, device=log_share.device, dtype=torch.float64)
+    return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, 1, m, n)
 
 
 def similarity_cap(
