@@ -1,6 +1,6 @@
 """Pyramid Sparse Attention: attention that reads unimportant keys through averages instead of dropping them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .allocate import allocate_levels, similarity_cap
 from .backends import backends
@@ -12,6 +12,9 @@ from .module import PSAAttention
 from .plan import Plan
 from .reorder import gilbert_order
 from .state import ProbeState
+
+if TYPE_CHECKING:
+    from .integrations import enable as enable
 
 __version__ = "0.1.0"
 __all__ = [

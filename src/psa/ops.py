@@ -96,7 +96,7 @@ def select(
     power, caps = none, none.clone()
     if config.bias == "variance":
         power = q.float().square().mean(2)
-        caps = power.new_full(shape[:2], config.bias_cap)
+        caps = power.new_full(shape[:2], float(config.bias_cap or 0.0))
     pairs = none_half
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
