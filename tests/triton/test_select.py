@@ -5,7 +5,8 @@ import torch
 
 import psa
 from psa.allocate import allocate_levels, block_mask
-from psa.backends.triton import schedule, select
+from psa.backends import reference, triton
+from psa.backends.triton import schedule, select, whole
 from psa.backends.triton.importance import importance
 from psa.backends.triton.score import row_rules
 from psa.importance import importance as torch_importance
@@ -57,18 +58,19 @@ def test_importance_is_that_of_torch(lengths, heads, dim, rows, cols, masked, ca
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+FOUR = {1: (0.0, 0.4), 2: (0.4, 0.5), 4: (0.5, 0.6), 8: (0.6, 0.8)}
 MODES = {
-    "topk": {},
-    "topk, wide": {"mask_ratios": {1: (0.0, 0.33), 4: (0.33, 0.5), 32: (0.5, 1.0)}},
-    "thresholdbound": {"mask_mode": "thresholdbound", "mask_ratios": {1: (0, 0.4), 2: (0.4, 0.5), 4: (0.5, 0.6), 8: (0.6, 0.8)}},
+    "topk": {"mask_mode": "topk"},
+    "topk, wide": {"mask_mode": "topk", "mask_ratios": {1: (0.0, 0.33), 4: (0.33, 0.5), 32: (0.5, 1.0)}},
+    "thresholdbound": {"mask_mode": "thresholdbound", "mask_ratios": FOUR},
     "thresholdbound, all": {"mask_mode": "thresholdbound", "mask_ratios": {1: (0, 0.7), 2: (0.7, 1.0)}},
-    "proportional": {"density": 0.2},
+    "proportional": {"density": 0.2, "exponent": 1.0},
     "proportional, dropping": {"density": 0.07, "keep_all": False, "exponent": 2.0},
     "proportional, shared": {"density": 0.3, "share_heads": True, "exponent": 0.5},
-    "proportional, everything": {"density": 1.0},
-    "proportional, least": {"density": 1 / 32},
+    "proportional, everything": {"density": 1.0, "exponent": 1.0},
+    "proportional, least": {"density": 1 / 32, "exponent": 1.0},
     "tau": {"tau": 0.04},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -148,8 +150,41 @@ def test_selection_from_q_and_k_is_that_of_the_plan(mode, causal):
     assert differing <= 0.005  # sums in another order may move a pair that lies on a boundary
 
 
+def test_each_head_may_have_its_own_setting():
+    given = scores("peaked", (2, 2, 3, 20))
+    exponent = torch.tensor([[1.0, 0.75], [1.5, 1.0]])
+    keep = torch.tensor([[True, True], [True, False]])
+    density = torch.tensor([[0.1, 0.2], [0.3, 0.05]])
+    want = allocate_levels(
+        given, mask_mode="proportional", block_n=32, exponent=exponent[..., None, None],
+        keep_all=keep[..., None, None], density=density[..., None, None],
+    )  # fmt: skip
+    table = torch.stack([exponent, keep.float(), density], dim=-1)
+    rules = row_rules(64, 32, False, 0, "last", None)
+    config = psa.PSAConfig(block_m=64, block_n=32)
+    levels, _, _ = select.allocate(given, config, rules, (192, 640), settings=table)
+    assert torch.equal(levels, want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", ["topk", "proportional", "variance"])
+def test_the_whole_call_is_plan_and_reference(mode, causal):
+    g = torch.Generator().manual_seed(4)
+    q = torch.randn(1, 2, 130, 32, generator=g)
+    k, v = torch.randn(2, 1, 1, 205, 32, generator=g)
+    config = psa.PSAConfig(block_m=64, block_n=32, **(MODES.get(mode) or {"density": 0.3, "bias": "variance"}))
+    out, lse, selection = whole.forward(q, k, v, config, scale=0.2, is_causal=causal)
+    want, want_lse = reference.forward(q, k, v, selection)
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=1e-4)
+    plan = psa.plan(q, k, config, is_causal=causal, enable_gqa=True, scale=0.2)
+    assert (selection.levels != plan.levels).float().mean() <= 0.02
+
+
 def test_what_the_kernels_do_not_cover_is_said():
     q = torch.zeros(1, 1, 8, 16)
-    assert select.unsupported_reasons(q, q, psa.PSAConfig()) == []
-    assert select.unsupported_reasons(q, q, psa.PSAConfig(importance="antidiagonal"))
-    assert select.unsupported_reasons(q, q, psa.PSAConfig(bias="measured", density=0.2))
+    assert triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, exponent=1.0)) == []
+    for changes in ({"importance": "antidiagonal"}, {"bias": "measured"}, {"rank_exponent": 0.5}):
+        reasons = triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, mask_mode="proportional", **changes))
+        assert len(reasons) == 1
+    assert triton.planning_reasons(q.double(), q.double(), psa.PSAConfig(density=0.2))

@@ -81,6 +81,8 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
         reasons.append(f"importance {config.importance!r} has no kernel, only 'pooled' does")
     if config.bias == "measured":
         reasons.append("the measured bias has no kernel")
+    if config.rank_exponent:
+        reasons.append("rank_exponent has no kernel")
     if config.importance_cols > MAX_LEVEL:
         reasons.append(f"means over {config.importance_cols} keys are no level of the pyramid")
     if config.block_m // config.importance_rows > 128 or config.block_n // config.importance_cols > 128:

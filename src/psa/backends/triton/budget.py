@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import HIDDEN, kept_rows, level_exponent, level_indices, visible_blocks
+from .score import HIDDEN, RowRules, head_setting, kept_rows, level_exponent, level_indices, visible_blocks
 
 SAMPLE = 4096
 CHUNK = 4096
@@ -18,8 +18,8 @@ SOLVE_WARPS = 8
 
 
 @triton.jit
-def _kept(key, log_tau, cap, COARSEST: tl.constexpr, KEEP_ALL: tl.constexpr):
-    return tl.sum(kept_rows(level_indices(key, log_tau, cap, COARSEST, KEEP_ALL)).to(tl.int64))
+def _kept(key, log_tau, cap, keep_all, COARSEST: tl.constexpr):
+    return tl.sum(kept_rows(level_indices(key, log_tau, cap, keep_all, COARSEST)).to(tl.int64))
 
 
 @triton.jit
@@ -39,18 +39,20 @@ def _solve_kernel(
     caps_ptr,
     list_ptr,
     log_tau_ptr,
+    settings_ptr,
     heads,
     length_q,
     length_k,
     blocks_m,
     blocks_n,
+    exponent,
+    keep_all,
     density,
-    lowest,
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
     CAPPED: tl.constexpr,
     COARSEST: tl.constexpr,
-    KEEP_ALL: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -63,6 +65,8 @@ def _solve_kernel(
     Counts are integers in units of 1/128 of a block pair, so that the result does not depend on the order of sums.
     """
     program = tl.program_id(0)
+    exponent, keep_all, density = head_setting(settings_ptr, program, exponent, keep_all, density, PER_HEAD)
+    lowest = -60.0 * exponent - 2.0
     span = blocks_m.to(tl.int64) * blocks_n
     members = heads if SHARED else 1
     total = span * members
@@ -92,7 +96,7 @@ def _solve_kernel(
     high = highest + 0.0
     for _ in range(20):
         middle = 0.5 * (low + high)
-        fits = _kept(some, middle, some_caps, COARSEST, KEEP_ALL).to(tl.float32) <= density * 128.0 * sampled
+        fits = _kept(some, middle, some_caps, keep_all, COARSEST).to(tl.float32) <= density * 128.0 * sampled
         low = tl.where(fits, low, middle)
         high = tl.where(fits, middle, high)
 
@@ -110,8 +114,8 @@ def _solve_kernel(
         for start in range(0, total, CHUNK):
             at = start + tl.arange(0, CHUNK).to(tl.int64)
             key, cap = _load_keys(keys_ptr, caps_ptr, head, at, total, blocks_n, GROUPS, CAPPED, span)
-            first = kept_rows(level_indices(key, low, cap, COARSEST, KEEP_ALL))
-            last = kept_rows(level_indices(key, high, cap, COARSEST, KEEP_ALL))
+            first = kept_rows(level_indices(key, low, cap, keep_all, COARSEST))
+            last = kept_rows(level_indices(key, high, cap, keep_all, COARSEST))
             differs = (first != last).to(tl.int32)
             place = found + tl.cumsum(differs, 0) - 1
             tl.store(list_ptr + place, key, mask=differs != 0)
@@ -135,7 +139,7 @@ def _solve_kernel(
         for start in range(0, found, CHUNK):
             at = start + tl.arange(0, CHUNK).to(tl.int64)
             key = tl.load(list_ptr + at, mask=at < found, other=float("inf"))
-            kept += _kept(key, middle, 7, COARSEST, KEEP_ALL)
+            kept += _kept(key, middle, 7, keep_all, COARSEST)
         fits = kept <= budget
         low = tl.where(fits, low, middle)
         high = tl.where(fits, middle, high)
@@ -149,21 +153,21 @@ def _solve_kernel(
 
 def solve(
     keys: Tensor,
-    density: float,
+    lengths: tuple[int, int],
+    rules: RowRules,
     *,
     exponent: float,
-    lengths: tuple[int, int],
-    block_m: int,
-    block_n: int,
-    is_causal: bool,
     keep_all: bool,
-    share_heads: bool,
+    density: float,
+    share_heads: bool = False,
+    settings: Tensor | None = None,
     caps: Tensor | None = None,
 ) -> Tensor:
     """log2(tau) per head, float32 [B, H], for ``keys`` [B, H, M, N] of :func:`.score.encode_shares`.
 
     Args:
         lengths: tokens of q and of k.
+        settings: float32 [B, H, 3], each head's own exponent, keep_all and density, instead of those of the call.
         caps: uint8 [B, Hkv, N], level indices that bound each KV block.
     """
     batch, heads, blocks_m, blocks_n = keys.shape
@@ -174,20 +178,22 @@ def solve(
         caps if caps is not None else keys,
         gathered,
         log_tau,
+        settings if settings is not None else keys,
         heads,
         *lengths,
         blocks_m,
         blocks_n,
+        exponent,
+        int(keep_all),
         density,
-        -60.0 * exponent - 2.0,
         GROUPS=heads // caps.shape[1] if caps is not None else 1,
         SHARED=share_heads,
         CAPPED=caps is not None,
-        COARSEST=level_exponent(block_n),
-        KEEP_ALL=keep_all,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        CAUSAL=is_causal,
+        COARSEST=level_exponent(rules.block_n),
+        PER_HEAD=settings is not None,
+        BLOCK_M=rules.block_m,
+        BLOCK_N=rules.block_n,
+        CAUSAL=rules.is_causal,
         SAMPLE=SAMPLE,
         CHUNK=CHUNK,
         COUNT_CHUNK=COUNT_CHUNK,

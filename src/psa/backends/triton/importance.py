@@ -175,7 +175,7 @@ def _importance_kernel(
         for tile in range(0, stop):
             keys = tile * KEYS + tl.arange(0, KEYS)
             in_range = (keys < pooled_k)[:, None] & (channels < head_dim)[None, :]
-            tile_ptr = k_head + tile.to(tl.int64) * KEYS * k_strides[2]
+            tile_ptr = k_head + tile * (KEYS * k_strides[2])
             pooled = tl.load(tile_ptr + k_offsets, mask=in_range, other=0.0)
             count = _real_counts(mask_ptr + batch * mask_stride, keys, length_k, COLS, KEYS, MASKED)
             bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
@@ -210,13 +210,11 @@ def _importance_kernel(
                 share = encode_shares(
                     share,
                     (rows_seen > 0)[:, None],
-                    head,
                     m[:, None],
                     n[None, :],
                     tl.load(first_real_ptr + batch) if MASKED else 0,
                     length_q,
                     length_k,
-                    blocks_m,
                     blocks_n,
                     text_length,
                     exponent,

@@ -80,13 +80,11 @@ def is_pinned(
 def encode_shares(
     share,
     has_mass,
-    head,
     m,
     n,
     first_real,
     length_q,
     length_k,
-    blocks_m,
     blocks_n,
     text_length,
     exponent,
@@ -100,7 +98,7 @@ def encode_shares(
     seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
     share = tl.where(has_mass, share, 1.0 / tl.maximum(seen, 1).to(tl.float32))
     key = exponent * tl.log2(tl.maximum(share, LEAST_SHARE))
-    step = (head.to(tl.int64) * blocks_m + m) * blocks_n + n
+    step = m.to(tl.int64) * blocks_n + n
     key += ((step * GOLDEN) >> 40 & 0xFFFFFF).to(tl.float32) * (2.0**-30)
     pinned = is_pinned(
         m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST
@@ -109,14 +107,24 @@ def encode_shares(
 
 
 @triton.jit
-def level_indices(key, log_tau, cap, COARSEST: tl.constexpr, KEEP_ALL: tl.constexpr):
-    """``round(log_tau - key)`` clamped to [0, COARSEST] and to ``cap``: int32; 8 where the block is skipped."""
+def level_indices(key, log_tau, cap, keep_all, COARSEST: tl.constexpr):
+    """``round(log_tau - key)`` clamped to [0, COARSEST] and to ``cap``: int32; 8 where the block is skipped, which
+    without ``keep_all`` is what would be coarser than COARSEST."""
     real = tl.minimum(tl.maximum(log_tau - key + 0.5, -1.0), 9.0)
     index = tl.maximum(tl.floor(real), 0.0).to(tl.int32)
     capped = tl.minimum(tl.minimum(index, COARSEST), cap)
-    if not KEEP_ALL:
-        capped = tl.where(index > COARSEST, 8, capped)
-    return tl.where(key == HIDDEN, 8, capped)
+    dropped = (key == HIDDEN) | ((index > COARSEST) & (keep_all == 0))
+    return tl.where(dropped, 8, capped)
+
+
+@triton.jit
+def head_setting(settings_ptr, line, exponent, keep_all, density, PER_HEAD: tl.constexpr):
+    """A head's own (exponent, keep_all, density) where there is a table [B * H, 3], else those of the call."""
+    if PER_HEAD:
+        exponent = tl.load(settings_ptr + line * 3)
+        keep_all = tl.load(settings_ptr + line * 3 + 1).to(tl.int32)
+        density = tl.load(settings_ptr + line * 3 + 2)
+    return exponent, keep_all, density
 
 
 @triton.jit

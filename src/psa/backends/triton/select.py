@@ -11,7 +11,16 @@ from ...config import PSAConfig
 from .budget import solve
 from .importance import importance, pool_keys
 from .schedule import list_blocks
-from .score import RowRules, encode_shares, is_pinned, level_exponent, level_indices, row_rules, visible_blocks
+from .score import (
+    RowRules,
+    encode_shares,
+    head_setting,
+    is_pinned,
+    level_exponent,
+    level_indices,
+    row_rules,
+    visible_blocks,
+)
 
 FIXED = tl.constexpr(2.0**52)
 
@@ -91,6 +100,7 @@ def _rank_indices(
 def _encode_kernel(
     importance_ptr,
     keys_ptr,
+    settings_ptr,
     first_real_ptr,
     strides,
     heads,
@@ -100,6 +110,7 @@ def _encode_kernel(
     blocks_n,
     text_length,
     exponent,
+    PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -111,6 +122,7 @@ def _encode_kernel(
     m = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
+    exponent, _, _ = head_setting(settings_ptr, line, exponent, 1, 1.0, PER_HEAD)
     n = tl.arange(0, WIDTH)
     source = importance_ptr + batch * strides[0] + head * strides[1] + m.to(tl.int64) * strides[2]
     weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
@@ -118,13 +130,11 @@ def _encode_kernel(
     key = encode_shares(
         _normalised(weight, n < seen),
         n >= 0,
-        head,
         m,
         n,
         tl.load(first_real_ptr + batch) if MASKED else 0,
         length_q,
         length_k,
-        blocks_m,
         blocks_n,
         text_length,
         exponent,
@@ -140,6 +150,7 @@ def _encode_kernel(
 def _select_kernel(
     source_ptr,
     log_tau_ptr,
+    settings_ptr,
     caps_ptr,
     first_real_ptr,
     levels_ptr,
@@ -153,13 +164,14 @@ def _select_kernel(
     blocks_n,
     text_length,
     fixed_log_tau,
+    keep_all,
     GROUPS: tl.constexpr,
     EXPONENTS: tl.constexpr,
     BOUNDS: tl.constexpr,
     INTERVALS: tl.constexpr,
     MODE: tl.constexpr,
     COARSEST: tl.constexpr,
-    KEEP_ALL: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     CAPPED: tl.constexpr,
     SOLVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -184,7 +196,8 @@ def _select_kernel(
     if MODE == "proportional":
         key = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=float("inf"))
         log_tau = tl.load(log_tau_ptr + line) if SOLVED else fixed_log_tau
-        index = level_indices(key, log_tau, cap, COARSEST, KEEP_ALL)
+        _, keep_all, _ = head_setting(settings_ptr, line, 1.0, keep_all, 1.0, PER_HEAD)
+        index = level_indices(key, log_tau, cap, keep_all, COARSEST)
     else:
         weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
         share = _normalised(weight, visible)
@@ -218,6 +231,7 @@ def allocate(
     *,
     encoded: bool = False,
     caps: Tensor | None = None,
+    settings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (uint8 [B, H, M, N]) and their schedule, as :func:`psa.allocate.allocate_levels` gives them.
 
@@ -225,46 +239,45 @@ def allocate(
         source: [B, H, M, N], importance (any strides); or, ``encoded``, keys of proportional mode.
         lengths: tokens of q and of k.
         caps: uint8 [B, Hkv, N] from :func:`psa.similarity_cap`.
+        settings: float32 [B, H, 3], each head's own exponent, keep_all and density: proportional mode, whatever the
+            mode of ``config``.
     """
     batch, heads, blocks_m, blocks_n = source.shape
     width = max(16, triton.next_power_of_2(blocks_n))
+    mode = config.mask_mode if settings is None and config.mask_mode != "auto" else "proportional"
+    table = settings.contiguous() if settings is not None else source
     first_real = rules.first_real if rules.first_real is not None else source
-    geometry = {"BLOCK_M": rules.block_m, "BLOCK_N": rules.block_n, "CAUSAL": rules.is_causal}
-    pins = {"MASKED": rules.first_real is not None, "TEXT_FIRST": rules.text_first}
+    shared = {"PER_HEAD": settings is not None, "WIDTH": width, **row_options(width)}
+    shared |= {"BLOCK_M": rules.block_m, "BLOCK_N": rules.block_n, "CAUSAL": rules.is_causal}
+    shared |= {"MASKED": rules.first_real is not None, "TEXT_FIRST": rules.text_first}
     grid = (blocks_m, batch * heads)
-    sizes = (heads, *lengths, blocks_m, blocks_n)
-    if caps is not None:
-        caps = _cap_indices(caps)
+    sizes = (heads, *lengths, blocks_m, blocks_n, rules.text_length)
+    caps = None if caps is None else _cap_indices(caps)
     log_tau = None
-    if config.mask_mode == "proportional":
+    if mode == "proportional":
         if not encoded:
             keys = torch.empty(source.shape, dtype=torch.float32, device=source.device)
             _encode_kernel[grid](
-                source, keys, first_real, source.stride(), *sizes, rules.text_length, float(config.exponent),
-                WIDTH=width, **row_options(width), **geometry, **pins,
-            )  # fmt: skip
-            source = keys
-        if config.density is not None:
-            log_tau = solve(
-                source,
-                config.density,
-                exponent=config.exponent,
-                lengths=lengths,
-                block_m=rules.block_m,
-                block_n=rules.block_n,
-                is_causal=rules.is_causal,
-                keep_all=config.keep_all,
-                share_heads=config.share_heads,
-                caps=caps,
+                source, keys, table, first_real, source.stride(), *sizes, float(config.exponent), **shared
             )
+            source = keys
+        if settings is not None or config.density is not None:
+            choice = {"exponent": float(config.exponent), "keep_all": config.keep_all, "density": config.density or 1.0}
+            share = config.share_heads and settings is None
+            log_tau = solve(
+                source, lengths, rules, **choice, share_heads=share, settings=None if settings is None else table,
+                caps=caps,
+            )  # fmt: skip
     count = level_exponent(rules.block_n) + 1
     levels = torch.empty(source.shape, dtype=torch.uint8, device=source.device)
     blocks = torch.empty(source.shape, dtype=torch.int32, device=source.device)
     ends = torch.empty(*source.shape[:3], count, dtype=torch.int32, device=source.device)
-    intervals = [(level.bit_length() - 1, bound) for level, (_, bound) in (config.mask_ratios or {}).items() if level]
+    ratios = config.mask_ratios or {}
+    intervals = [(level.bit_length() - 1, bound) for level, (_, bound) in ratios.items() if level]
     _select_kernel[grid](
         source,
         log_tau if log_tau is not None else source,
+        table,
         caps if caps is not None else levels,
         first_real,
         levels,
@@ -272,21 +285,17 @@ def allocate(
         ends,
         source.stride(),
         *sizes,
-        rules.text_length,
         0.0 if config.tau is None else math.log2(config.tau),
+        int(config.keep_all),
         GROUPS=heads // caps.shape[1] if caps is not None else 1,
         EXPONENTS=tuple(exponent for exponent, _ in intervals),
         BOUNDS=tuple(bound for _, bound in intervals),
         INTERVALS=len(intervals),
-        MODE=config.mask_mode,
+        MODE=mode,
         COARSEST=count - 1,
-        KEEP_ALL=config.keep_all,
         CAPPED=caps is not None,
         SOLVED=log_tau is not None,
-        WIDTH=width,
-        **row_options(width),
-        **geometry,
-        **pins,
+        **shared,
     )
     return levels, blocks, ends
 
@@ -326,7 +335,7 @@ def select(
         blocks = (-(-lengths[0] // config.block_m), -(-lengths[1] // config.block_n))
         source = given.expand(q.shape[0], q.shape[1], *blocks)
         return allocate(source, config, rules, lengths, caps=caps)
-    encode = config.exponent if config.mask_mode == "proportional" else None
+    encode = config.exponent if config.mask_mode in ("proportional", "auto") else None
     if pooled_k is None:
         pooled_k = pool_keys(k, config.importance_cols, key_mask)
     source = importance(

@@ -15,9 +15,9 @@ from .variants import ARCHITECTURES, POINTERS, Variant, _instruction
 
 TYPES = {
     "mask_ptr": "*u8", "first_real_ptr": "*i32", "out_ptr": "*fp32", "sums_ptr": "*fp32", "peaks_ptr": "*fp32",
-    "keys_ptr": "*fp32", "caps_ptr": "*u8", "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "importance_ptr": "*fp32",
+    "keys_ptr": "*fp32", "caps_ptr": "*u8", "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32", "importance_ptr": "*fp32",
     "source_ptr": "*fp32", "levels_ptr": "*u8", "blocks_ptr": "*i32", "ends_ptr": "*i32", "scale_log2": "fp32",
-    "exponent": "fp32", "density": "fp32", "lowest": "fp32", "fixed_log_tau": "fp32",
+    "exponent": "fp32", "density": "fp32", "fixed_log_tau": "fp32",
 }  # fmt: skip
 TOPK = {"EXPONENTS": (0, 1, 2, 3), "BOUNDS": (0.1, 0.15, 0.15, 0.35), "INTERVALS": 4, "MODE": "topk"}
 MODES = {
@@ -66,7 +66,7 @@ def _kernels(setting: Setting, arch: int) -> Iterator[Variant]:
     rules = {"BLOCK_M": 128, "BLOCK_N": setting.block_n, "CAUSAL": setting.causal}
     pins = {"MASKED": setting.masked, "TEXT_FIRST": False}
     budget = {"GROUPS": setting.group, "CAPPED": setting.capped, "COARSEST": level_exponent(setting.block_n)}
-    budget["KEEP_ALL"] = True
+    budget["PER_HEAD"] = False
     rows, keys, warps, stages = tiling(128, setting.block_n, 16, 8, setting.dim, setting.dtype == "fp32")
     logits = rules | pins | {
         "head_dim": setting.dim, "HEADS": 12, "GROUPS": setting.group, "POOL": 16, "COLS": 8, "ROWS": rows,
@@ -85,7 +85,7 @@ def _kernels(setting: Setting, arch: int) -> Iterator[Variant]:
     yield _variant("_solve_kernel", _solve_kernel, setting, arch, rules | budget | sizes, options)
     options = row_options(setting.width)
     row = {"WIDTH": setting.width}
-    yield _variant("_encode_kernel", _encode_kernel, setting, arch, rules | pins | row, options)
+    yield _variant("_encode_kernel", _encode_kernel, setting, arch, rules | pins | row | {"PER_HEAD": True}, options)
     for mode, choices in MODES.items():
         constants = rules | pins | budget | row | choices | {"SOLVED": mode == "proportional"}
         yield _variant(f"_select_kernel-{mode}", _select_kernel, setting, arch, constants, options)
