@@ -2,9 +2,9 @@
 
     python benchmarks/aot.py [--arch 90] [--only NAME] [--out benchmarks/results/aot.jsonl]
 
-Registers, stack, spills (accesses to local memory) and instructions are read from the machine code that would be loaded,
-shared memory is what a launch will ask for. Exit status 1 when a kernel spills, needs more shared memory than the GPU has, or lacks its tensor-core
-instruction or asynchronous copies. `TRITON_INTERPRET` must not be set.
+Registers, stack, spills (accesses to local memory) and instructions are read from the machine code that would run,
+shared memory is what a launch will ask for. Exit status 1 when a kernel spills, needs more shared memory than the GPU
+has, or lacks its tensor-core instruction or asynchronous copies. `TRITON_INTERPRET` must not be set.
 """
 
 import argparse
@@ -115,8 +115,9 @@ def compile_all(selected: Iterable, out: Path | None) -> int:
             file.flush()
         cores = ",".join(row["tensor_core"]) or "-"
         print(
-            f"{variant.name:58} {row['registers']:4} regs {row['spills']:3} spills {row['shared_bytes'] / 1024:6.1f} KiB "
-            f"{row['warps']:2} warps {row['blocks_per_sm']:2}/SM {cores:10} {row['async_copies']:3} copies  {'; '.join(wrong)}",
+            f"{variant.name:58} {row['registers']:4} regs {row['spills']:3} spills {row['shared_bytes'] >> 10:4} KiB "
+            f"{row['warps']:2} warps {row['blocks_per_sm']:2}/SM {cores:10} {row['async_copies']:3} copies  "
+            f"{'; '.join(wrong)}",
             flush=True,
         )
     if file:

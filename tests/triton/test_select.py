@@ -181,6 +181,21 @@ def test_the_whole_call_is_plan_and_reference(mode, causal):
     assert (selection.levels != plan.levels).float().mean() <= 0.02
 
 
+@pytest.mark.parametrize("mode", ["topk", "proportional, dropping", "auto"])
+def test_plans_are_the_same_through_the_device_kernels(mode, monkeypatch):
+    g = torch.Generator().manual_seed(5)
+    q = torch.randn(1, 2, 260, 32, generator=g) * 2
+    k, v = torch.randn(2, 1, 2, 330, 32, generator=g)
+    config = psa.PSAConfig(block_m=64, block_n=32, **({"density": 0.2} if mode == "auto" else MODES[mode]))
+    want = psa.plan(q, k, config, v=v, text_length=9)
+    called = []
+    monkeypatch.setattr(psa.ops, "planner", lambda *args: called.append(args) or triton)
+    got = psa.plan(q, k, config, v=v, text_length=9)
+    assert called
+    assert (got.levels != want.levels).float().mean() <= 0.02
+    assert got.density == pytest.approx(want.density, rel=0.02)
+
+
 def test_what_the_kernels_do_not_cover_is_said():
     q = torch.zeros(1, 1, 8, 16)
     assert triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, exponent=1.0)) == []

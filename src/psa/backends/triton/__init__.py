@@ -1,9 +1,9 @@
 """The GPU backend: Triton kernels for every option of the method. Importing this package never needs Triton.
 
-    pool → every level of K and V, in one launch
-    schedule → each query block's list, in one launch
-    select → levels from q and k, in four launches (pool, importance, budget, levels)
-    forward, backward → attention over the listed rows, and its gradients
+pool → every level of K and V, in one launch
+schedule → each query block's list, in one launch
+select → levels from q and k, in four launches (pool, importance, budget, levels)
+forward, backward → attention over the listed rows, and its gradients
 """
 
 import os
@@ -96,11 +96,23 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
     return reasons
 
 
-def plan_levels(q: Tensor, k: Tensor, config: PSAConfig, **options: Any) -> Tensor:
-    """Levels uint8 [B, H, M, N] of tokens in the plan's order; arguments as in :func:`.select.select`."""
-    from .select import select as run
+def plan_importance(
+    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+) -> Tensor:
+    """Pooled importance of tokens in the plan's order, as :func:`psa.importance.importance` gives it; two launches."""
+    from .select import estimate
 
-    return run(q, k, config, **options)[0]
+    return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
+
+
+def plan_levels(q: Tensor, k: Tensor, config: PSAConfig, importance: Tensor, **options: Any) -> Tensor:
+    """Levels from importance [B, H, M, N], as :func:`psa.allocate_levels` gives them; three launches at most.
+
+    Options as in :func:`.select.select`: is_causal, text_length, text_position, key_mask, caps, settings.
+    """
+    from .select import select
+
+    return select(q, k, config, scale=1.0, given=importance, **options)[0]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The threshold of proportional mode: the smallest tau whose density fits the budget, exactly, without a sort or a sync.
+"""The threshold of proportional mode: the smallest tau whose density fits, exactly, without a sort or a sync.
 
-One program per head (or per layer): bisect on a sample, count the whole head once at both ends of a narrow bracket while
-gathering the few keys that differ between them, then bisect on those alone. The answer is that of plain bisection.
+One program per head (or per layer): bisect on a sample, count the whole head once at both ends of a narrow bracket
+while gathering the few keys that differ between them, then bisect on those alone. The answer is that of plain bisection.
 """
 
 import torch

@@ -65,7 +65,7 @@ def _pool_keys_kernel(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Means over POOL consecutive real keys, for plans made apart from attention. Grid (tiles of ROWS rows, B * Hkv)."""
+    """Means over POOL consecutive real keys, for plans made apart from attention. Grid (row tiles, B * Hkv)."""
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -240,7 +240,7 @@ def importance(
     key_mask: Tensor | None = None,
     encode: float | None = None,
 ) -> Tensor:
-    """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows that sum to one or zero.
+    """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows of sum one or zero.
 
     Args:
         q: [B, H, Lq, D], any strides.

@@ -63,7 +63,9 @@ def _schedule_kernel(
             match = (level == (1 << e)).to(tl.int32)
             first = tl.sum(tl.where(exponent[None, :] == e, place, 0), axis=1)
             at = first[:, None] + tl.cumsum(match, 1) - 1
-            tl.store(blocks_ptr + line[:, None] * cols + at, tl.broadcast_to(col[None, :], match.shape), mask=match != 0)
+            tl.store(
+                blocks_ptr + line[:, None] * cols + at, tl.broadcast_to(col[None, :], match.shape), mask=match != 0
+            )
             place += tl.where(exponent[None, :] == e, tl.sum(match, axis=1)[:, None], 0)
 
 

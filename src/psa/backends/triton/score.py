@@ -100,9 +100,7 @@ def encode_shares(
     key = exponent * tl.log2(tl.maximum(share, LEAST_SHARE))
     step = m.to(tl.int64) * blocks_n + n
     key += ((step * GOLDEN) >> 40 & 0xFFFFFF).to(tl.float32) * (2.0**-30)
-    pinned = is_pinned(
-        m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST
-    )
+    pinned = is_pinned(m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST)
     return tl.where(n < seen, tl.where(pinned, PINNED, key), HIDDEN)
 
 

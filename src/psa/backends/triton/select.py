@@ -10,6 +10,7 @@ from torch import Tensor
 from ...config import PSAConfig
 from .budget import solve
 from .importance import importance, pool_keys
+from .rank import normalised, rank_indices
 from .schedule import list_blocks
 from .score import (
     RowRules,
@@ -21,79 +22,6 @@ from .score import (
     row_rules,
     visible_blocks,
 )
-
-FIXED = tl.constexpr(2.0**52)
-
-
-@triton.jit
-def _normalised(weight, visible):
-    """As :func:`psa.allocate.normalise`: a row that sums to one over ``visible``; all-zero rows become uniform."""
-    # NaN counts as nothing, infinity as the largest number.
-    weight = tl.where(visible & (weight > 0), tl.minimum(weight, 3.4028234663852886e38), 0.0)
-    peak = tl.max(weight, axis=0)
-    weight = tl.where(peak > 0, weight / tl.maximum(peak, 1.1754943508222875e-38), visible.to(tl.float32))
-    return weight / tl.maximum(tl.sum(weight, axis=0), 1.1754943508222875e-38)
-
-
-@triton.jit
-def _largest(key, count):
-    """The ``count`` largest keys (int32, -1 for absent), equal ones in the order of their index: bool [N]."""
-    threshold = 0
-    for step in range(31):
-        attempt = threshold | (0x40000000 >> step)
-        enough = tl.sum((key >= attempt).to(tl.int32)) >= count
-        threshold = tl.where(enough, attempt, threshold)
-    above = key > threshold
-    equal = (key == threshold).to(tl.int32)
-    room = count - tl.sum(above.to(tl.int32))
-    return (above | ((equal != 0) & (tl.cumsum(equal, 0) <= room))) & (count > 0)
-
-
-@triton.jit
-def _within(key, share, bound):
-    """How many leading terms of the descending row have a cumulative share of at most ``bound``.
-
-    Sums are integers (shares times 2**52): exact, and independent of the order.
-    """
-    amount = (share.to(tl.float64) * FIXED).to(tl.int64)
-    # The smallest threshold whose keys, all together, are still within the bound.
-    threshold = 0
-    for step in range(31):
-        attempt = threshold | (0x40000000 >> step)
-        total = tl.sum(tl.where(key >= attempt, amount, 0))
-        threshold = tl.where(total.to(tl.float32) * (1.0 / FIXED) > bound, attempt, threshold)
-    total = tl.sum(tl.where(key > threshold, amount, 0))
-    equal = tl.sum((key == threshold).to(tl.int32))
-    each = tl.max(tl.where(key == threshold, amount, 0))
-    more = 0
-    for step in range(17):
-        attempt = more + (0x10000 >> step)
-        fits = (total + each * attempt).to(tl.float32) * (1.0 / FIXED) <= bound
-        more = tl.where(fits & (attempt <= equal), attempt, more)
-    return tl.sum((key > threshold).to(tl.int32)) + more
-
-
-@triton.jit
-def _rank_indices(
-    share, visible, seen, EXPONENTS: tl.constexpr, BOUNDS: tl.constexpr, INTERVALS: tl.constexpr, CUMULATIVE: tl.constexpr
-):
-    """Level indices by rank in the descending row: topk quotas or cumulative thresholds; 8 for what is left over."""
-    key = tl.where(visible, share.to(tl.int32, bitcast=True), -1)
-    index = tl.full(key.shape, 8, tl.int32)
-    end = 0
-    for i in tl.static_range(INTERVALS):
-        start = end
-        if CUMULATIVE:
-            within = _within(key, share, BOUNDS[i] + 1e-6)
-            end = tl.where(within > 0, tl.minimum(within + 1, seen), start)
-            if EXPONENTS[i] == 0:
-                least = tl.floor(seen.to(tl.float64) * tl.full((), 0.06, tl.float64)).to(tl.int32) + 1
-                end = tl.maximum(end, tl.minimum(least, seen))
-        else:
-            end = tl.floor(seen.to(tl.float64) * tl.full((), BOUNDS[i], tl.float64)).to(tl.int32)
-        end = tl.maximum(end, start)
-        index = tl.where((index == 8) & _largest(key, end), EXPONENTS[i], index)
-    return index
 
 
 @triton.jit
@@ -128,7 +56,7 @@ def _encode_kernel(
     weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
     seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
     key = encode_shares(
-        _normalised(weight, n < seen),
+        normalised(weight, n < seen),
         n >= 0,
         m,
         n,
@@ -200,13 +128,11 @@ def _select_kernel(
         index = level_indices(key, log_tau, cap, keep_all, COARSEST)
     else:
         weight = tl.load(source + n.to(tl.int64) * strides[3], mask=n < blocks_n, other=0.0).to(tl.float32)
-        share = _normalised(weight, visible)
-        index = _rank_indices(share, visible, seen, EXPONENTS, BOUNDS, INTERVALS, MODE == "thresholdbound")
+        share = normalised(weight, visible)
+        index = rank_indices(share, visible, seen, EXPONENTS, BOUNDS, INTERVALS, MODE == "thresholdbound")
         index = tl.where(index == 8, 8, tl.minimum(index, cap))
         first_real = tl.load(first_real_ptr + batch) if MASKED else 0
-        pinned = is_pinned(
-            m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST
-        )
+        pinned = is_pinned(m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST)
         index = tl.where(visible, tl.where(pinned, 0, index), 8)
     row = line * blocks_m + m
     level = tl.where(index == 8, 0, 1 << tl.minimum(index, 7))
@@ -305,6 +231,27 @@ def _cap_indices(caps: Tensor) -> Tensor:
     return (caps > 1).to(torch.uint8) + (caps > 2) + (caps > 4)
 
 
+def estimate(
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    pooled_k: Tensor | None = None,
+    rules: RowRules | None = None,
+    encode: float | None = None,
+) -> Tensor:
+    """Importance float32 [B, H, M, N] of q [B, H, Lq, D] for k [B, Hkv, Lk, D]; see :func:`.importance.importance`."""
+    if rules is None:
+        rules = row_rules(config.block_m, config.block_n, is_causal, 0, "last", None)
+    if pooled_k is None:
+        pooled_k = pool_keys(k, config.importance_cols, key_mask)
+    pooled = {"rows": config.importance_rows, "cols": config.importance_cols}
+    return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, encode=encode, **pooled)
+
+
 def select(
     q: Tensor,
     k: Tensor,
@@ -318,6 +265,7 @@ def select(
     given: Tensor | None = None,
     pooled_k: Tensor | None = None,
     caps: Tensor | None = None,
+    settings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 3 and 4 on reordered tokens: levels uint8 [B, H, M, N], and their schedule (blocks, ends).
 
@@ -328,25 +276,16 @@ def select(
         given: [1|B, 1|H, M, N], importance to use instead of the pooled estimate.
         pooled_k: [B, Hkv, ceil(Lk / importance_cols), D], the pyramid's rows of that level, where they exist already.
         caps: uint8 [B, Hkv, N] from :func:`psa.similarity_cap`.
+        settings: float32 [B, H, 3], with ``given``: each head's own exponent, keep_all and density.
     """
     rules = row_rules(config.block_m, config.block_n, is_causal, text_length, text_position, key_mask)
     lengths = (q.shape[2], k.shape[2])
     if given is not None:
         blocks = (-(-lengths[0] // config.block_m), -(-lengths[1] // config.block_n))
         source = given.expand(q.shape[0], q.shape[1], *blocks)
-        return allocate(source, config, rules, lengths, caps=caps)
+        return allocate(source, config, rules, lengths, caps=caps, settings=settings)
     encode = config.exponent if config.mask_mode in ("proportional", "auto") else None
-    if pooled_k is None:
-        pooled_k = pool_keys(k, config.importance_cols, key_mask)
-    source = importance(
-        q,
-        pooled_k,
-        lengths[1],
-        rules,
-        rows=config.importance_rows,
-        cols=config.importance_cols,
-        scale=scale,
-        key_mask=key_mask,
-        encode=encode,
+    source = estimate(
+        q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask, pooled_k=pooled_k, rules=rules, encode=encode
     )
     return allocate(source, config, rules, lengths, encoded=encode is not None, caps=caps)
