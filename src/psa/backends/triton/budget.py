@@ -1,7 +1,8 @@
 """The threshold of proportional mode: the smallest tau whose density fits, exactly, without a sort or a sync.
 
 One program per head (or per layer): bisect on a sample, count the whole head once at both ends of a narrow bracket
-while gathering the few keys that differ between them, then bisect on those alone. The answer is that of plain bisection.
+while gathering the few keys that differ between them, then bisect on those alone. The answer is plain
+bisection's.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""From levels to the list of blocks that each row reads, or with the axes exchanged, to the rows that read each block."""
+"""From levels to the list of blocks that each row reads or, with the axes exchanged, to each block's readers."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def _schedule_kernel(
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """LISTS lists per program, each over ``cols`` blocks: counts first, then places. Any strides, so also transposed."""
+    """LISTS lists per program, each over ``cols`` blocks: counts first, then places. Any strides, also transposed."""
     row = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     head = tl.program_id(1).to(tl.int64)
     levels_ptr += head // heads * strides[0] + head % heads * strides[1]

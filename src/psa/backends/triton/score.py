@@ -1,4 +1,4 @@
-"""Which block pairs a query block sees or must keep, and the sortable keys that shares become, as kernels compute them."""
+"""Which block pairs a query block sees or must keep, and the keys that shares become, as kernels compute them."""
 
 import math
 from dataclasses import dataclass

@@ -15,7 +15,8 @@ from .variants import ARCHITECTURES, POINTERS, Variant, _instruction
 
 TYPES = {
     "mask_ptr": "*u8", "first_real_ptr": "*i32", "out_ptr": "*fp32", "sums_ptr": "*fp32", "peaks_ptr": "*fp32",
-    "keys_ptr": "*fp32", "caps_ptr": "*u8", "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32", "importance_ptr": "*fp32",
+    "keys_ptr": "*fp32", "caps_ptr": "*u8", "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32",
+    "importance_ptr": "*fp32",
     "source_ptr": "*fp32", "levels_ptr": "*u8", "blocks_ptr": "*i32", "ends_ptr": "*i32", "scale_log2": "fp32",
     "exponent": "fp32", "density": "fp32", "fixed_log_tau": "fp32",
 }  # fmt: skip

@@ -37,8 +37,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Selection]:
     """out [B, H, Lq, D], lse float32 [B, H, Lq] and the selection, from tokens in the plan's order.
 
-    For calls without reasons in :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``. The similarity
-    cap and the variance bias add a few small launches of torch.
+    For calls without reasons in :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``. The
+    similarity cap and the variance bias add a few small launches of torch.
     """
     power = cap = None
     if config.bias == "variance":
