@@ -6,7 +6,7 @@ from typing import Any
 
 from .attend import _psa_fwd_kernel
 from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
-from .pool import _pool_kernel, pool_warps
+from .pool import POOL_WARPS, _pool_kernel, pool_columns
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
 from .tune import default_launch, has_extras, padded
@@ -168,10 +168,9 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias, "SIMILARITY": False,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias, "SIMILARITY": False,
     }  # fmt: skip
-    warps = {"num_warps": pool_warps(tokens, wide)}
-    yield _variant(_pool_kernel, shape, arch, pool, warps, "", **plain)
+    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}
     yield _variant(_psa_bwd_delta_kernel, shape, arch, delta, {"num_warps": 4}, "", **plain)
     lists = _only(_readers_kernel, shape.constants()) | {"TILE": 64, "CHUNK": CHUNK}
