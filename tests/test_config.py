@@ -58,7 +58,8 @@ def test_model_names_map_to_sections():
 
 
 def test_default_density_of_the_published_setting():
-    assert presets.explain(psa.PSAConfig(), 1000) == pytest.approx({"uniform": 0.15, "peaked": 0.15}, abs=1e-3)
+    published = psa.PSAConfig(mask_mode="topk")
+    assert presets.explain(published, 1000) == pytest.approx({"uniform": 0.15, "peaked": 0.15}, abs=1e-3)
 
 
 SEED_EXAMPLE = """
@@ -176,7 +177,7 @@ def test_a_config_survives_its_own_dict_pickling_and_copying():
 def test_replace_switches_modes_as_asked():
     base = presets.get("wan21_14b")
     changed = base.replace(density=0.2)
-    assert (changed.mask_mode, changed.mask_ratios, changed.warmup_steps) == ("proportional", None, 15)
+    assert (changed.mask_mode, changed.mask_ratios, changed.warmup_steps) == ("auto", None, 15)
     assert base.mask_mode == "thresholdbound"
     assert changed.replace(tau=0.1).density is None and changed.replace(mask_mode="topk").density is None
     assert base.replace(bias="variance").bias_cap == 1.0 and base.replace(block_n=16).tile_n == 16

@@ -15,11 +15,13 @@ import psa
 from psa.errors import BackendError, ConfigError, PSAError, ShapeError
 
 MODES = {
-    "topk": {},
+    "topk": {"mask_mode": "topk"},
     "thresholdbound": {"mask_mode": "thresholdbound", "mask_ratios": {1: (0, 0.3), 2: (0.3, 0.6), 16: (0.6, 0.9)}},
-    "proportional": {"density": 0.3},
+    "proportional": {"mask_mode": "proportional", "density": 0.3},
+    "auto": {"density": 0.3},
     "dropping": {"density": 0.2, "keep_all": False, "exponent": 2.0},
 }
+FIXED = psa.PSAConfig(mask_mode="proportional", density=0.3)
 BIASES = ["count", "variance", "measured"]
 ORDERS = ["Gilbert", "tile", "semantic", "hybrid", None]
 
@@ -106,9 +108,9 @@ def test_padding_on_the_right_gives_what_no_padding_gives():
     q, k, v = tensors(1, 2, 2, 200, 150)
     padded = [torch.cat([t, torch.full_like(t[:, :, :42], 9.0)], 2) for t in (k, v)]
     mask = torch.arange(192)[None] < 150
-    levels = psa.plan(q, k, density=0.3).levels
+    levels = psa.plan(q, k, config=FIXED).levels
     plan = psa.Plan.from_levels(levels, block_m=128, block_n=64)
-    masked = psa.plan(q, padded[0], density=0.3, key_mask=mask)
+    masked = psa.plan(q, padded[0], config=FIXED, key_mask=mask)
     out = psa.attend(q, *padded, dataclasses.replace(masked, levels=levels))
     torch.testing.assert_close(out, psa.attend(q, k, v, plan), atol=1e-5, rtol=0)
 
@@ -118,7 +120,7 @@ def test_plans_are_reusable_and_return_order_is_out_lse_plan():
     out, lse, plan = psa.psa_attention(q, k, v, density=0.2, grid=(3, 10, 10), return_lse=True, return_plan=True)
     again, lse_again = psa.psa_attention(q, k, v, plan=plan, return_lse=True)
     assert torch.equal(out, again) and torch.equal(lse, lse_again) and lse.shape == q.shape[:3]
-    with pytest.raises(ConfigError, match="plan: a given plan already fixes"):
+    with pytest.raises(ConfigError, match="plan: a given plan fixes"):
         psa.psa_attention(q, k, v, plan=plan, density=0.2)
     with pytest.raises(ConfigError, match="is_causal"):
         psa.attend(q, k, v, plan, is_causal=True)
@@ -264,8 +266,9 @@ def test_compiled_fullgraph_equals_eager(causal):
 def test_operators_pass_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 2, 130, 140, 16))
     key = psa.PSAConfig(density=0.3, bias="variance").key
-    torch.library.opcheck(torch.ops.psa.select, (q.detach(), k.detach(), None, None, key, 0.25, False, 0, "last"))
-    levels, power, _ = torch.ops.psa.select(q.detach(), k.detach(), None, None, key, 0.25, False, 0, "last")
+    arguments = (q.detach(), k.detach(), None, None, None, None, key, 0.25, False, 0, "last")
+    torch.library.opcheck(torch.ops.psa.select, arguments)
+    levels, power, *_ = torch.ops.psa.select(*arguments)
     arguments = (q, k, v, levels, power, torch.ones(1, 1), None, None, 128, 64, 0.25, False, "torch")
     torch.library.opcheck(torch.ops.psa.attend, arguments)
 

@@ -1,4 +1,4 @@
-"""Semantic reordering: clusters become contiguous, deterministically, head by head, and carry over from call to call."""
+"""Semantic reordering: clusters become contiguous, deterministically, head by head, and carry from call to call."""
 
 import pytest
 import torch

@@ -116,6 +116,23 @@ def test_gradcheck_in_double_precision():
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_through_the_public_function(engine, threads):
+    q, k, v, selection = make(CASES["odd_500"])
+    plan = psa.Plan.from_levels(selection.levels, block_m=selection.block_m, block_n=selection.block_n)
+    before, results = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(threads)
+        for name in ("torch", "reference"):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            psa.attend(*leaves, plan, backend=name).square().sum().backward()
+            results.append([x.grad for x in leaves])
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
 def test_without_gradient_of_lse(engine):
     q, k, v, selection = make(CASES["odd_63"])
     grad_out, grad_lse = upstream(q)

@@ -1,5 +1,7 @@
 """Pyramid Sparse Attention: attention that reads unimportant keys through averages instead of dropping them."""
 
+from typing import TYPE_CHECKING, Any
+
 from .allocate import allocate_levels, similarity_cap
 from .backends import backends
 from .config import PSAConfig
@@ -9,6 +11,10 @@ from .functional import make_plan as plan
 from .module import PSAAttention
 from .plan import Plan
 from .reorder import gilbert_order
+from .state import ProbeState
+
+if TYPE_CHECKING:
+    from .integrations import enable as enable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,13 +24,23 @@ __all__ = [
     "PSAConfig",
     "PSAError",
     "Plan",
+    "ProbeState",
     "ShapeError",
     "allocate_levels",
     "attend",
     "backends",
+    "enable",
     "gilbert_order",
     "merge",
     "plan",
     "psa_attention",
     "similarity_cap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "enable":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .integrations import enable
+
+    return enable

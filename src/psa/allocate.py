@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import MASK_MODES, MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
+from .config import MASK_MODES
 from .errors import ConfigError, ShapeError
 from .schedule import level_index
+from .values import MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
 
 DROPPED = 8
 """Level index that stands for a skipped block while levels are computed (no block is pooled 256 times)."""
@@ -81,11 +82,12 @@ def allocate_levels(
     *,
     mask_mode: str,
     mask_ratios: Ratios | None = None,
-    density: float | None = None,
+    density: float | Tensor | None = None,
     block_n: int,
     tau: float | None = None,
-    exponent: float = 1.0,
-    keep_all: bool = True,
+    exponent: float | Tensor = 1.0,
+    rank_exponent: float = 0.0,
+    keep_all: bool | Tensor = True,
     share_heads: bool = False,
     cap: Tensor | None = None,
     mask: BlockMask | None = None,
@@ -99,7 +101,8 @@ def allocate_levels(
         mask_mode: ``"topk"`` or ``"thresholdbound"`` (with ``mask_ratios``), or ``"proportional"`` (with ``density`` or
             ``tau``).
         block_n: KV block size, the bound of every level.
-        exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`.
+        exponent, rank_exponent, keep_all, tau, share_heads: of proportional mode, see :class:`psa.PSAConfig`.
+            density, exponent and keep_all may be tensors [1|B, 1|H, 1, 1], one value per head.
         cap: [B, H|Hkv, N] coarsest level of each KV block, from :func:`similarity_cap`.
         mask: visible and pinned block pairs; quotas and shares count visible pairs only.
 
@@ -121,12 +124,16 @@ def allocate_levels(
     mask = mask or BlockMask()
     caps = None if cap is None else level_index(_per_head(cap, importance.shape[1]))[:, :, None, :]
     shares = normalise(importance, mask.visible)
-    if mask_mode == "proportional":
+    if mask_mode in ("proportional", "auto"):
         if (density is None) == (tau is None):
             raise ConfigError("proportional: give either density or tau")
-        if density is not None:
-            check_density(density, min(block_n, MAX_LEVEL), keep_all)
-        index = proportional(shares, mask, caps, density, tau, exponent, keep_all, share_heads, block_n)
+        if density is not None and not isinstance(density, Tensor):
+            check_density(density, min(block_n, MAX_LEVEL), keep_all is not False)
+        log_share = exponent * shares.clamp(min=2.0**-60).log2_()
+        if rank_exponent:
+            log_share -= rank_exponent * ranks(shares, mask).float().log2_()
+        least = -60.0 * exponent - 31.0 * rank_exponent
+        index = proportional(log_share, least, mask, caps, density, tau, keep_all, share_heads, block_n)
     else:
         if mask_ratios is None:
             raise ConfigError(f"{mask_mode}: mask_ratios are missing")
@@ -190,34 +197,50 @@ def ranked(shares: Tensor, visible: Tensor | None, mode: str, ratios: Ratios) ->
     return torch.empty_like(by_rank).scatter_(-1, order, by_rank)
 
 
+def ranks(shares: Tensor, mask: BlockMask) -> Tensor:
+    """The place, from 1, of each block in its row's descending order; pinned and invisible blocks come last."""
+    weight = shares
+    if mask.pinned is not None:
+        weight = weight.masked_fill(mask.pinned, -1.0)
+    if mask.visible is not None:
+        weight = weight.masked_fill(~mask.visible, -1.0)
+    order = weight.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(1, shares.shape[-1] + 1, device=shares.device)
+    return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
+
+
 def proportional(
-    shares: Tensor,
+    log_share: Tensor,
+    least: float | Tensor,
     mask: BlockMask,
     caps: Tensor | None,
-    density: float | None,
+    density: float | Tensor | None,
     tau: float | None,
-    exponent: float,
-    keep_all: bool,
+    keep_all: bool | Tensor,
     share_heads: bool,
     block_n: int,
 ) -> Tensor:
-    """Level indices ``round(log2(tau / share**exponent))``, clamped to [0, log2 block_n] (METHOD §4a).
+    """Level indices ``round(log2(tau) - log_share)``, clamped to [0, log2 block_n] (METHOD §4a).
 
-    The optimum of minimising Σ share**p · log2(level) under Σ 1/level = budget keeps rows in proportion to share**p.
-    ``tau`` is found by bisection: elementwise work, no sort. A fixed fractional offset per block pair, far below what
-    importance can resolve, breaks ties so that the budget is met on constant rows too.
+    ``log_share`` is log2 of share**exponent, never below ``least``. The optimum of minimising Σ share**p · log2(level)
+    under Σ 1/level = budget keeps rows in proportion to share**p. ``tau`` is found by bisection: elementwise work, no
+    sort. A fixed fractional offset per block pair, far below what importance can resolve, breaks ties so that the
+    budget is met on constant rows too.
     """
     coarsest = int(math.log2(min(block_n, MAX_LEVEL)))
-    log_share = exponent * shares.clamp(min=2.0**-60).log2_()
-    log_share += _tie_break(log_share)
+    log_share = log_share + _tie_break(log_share)
 
     def indices(log_tau: Tensor) -> Tensor:
         index = (log_tau - log_share + 0.5).floor_()
-        if keep_all:
-            index.clamp_(0, coarsest)
+        index.clamp_(min=0)
+        if keep_all is True:
+            index.clamp_(max=coarsest)
         else:
-            index.clamp_(min=0)
-            index.masked_fill_(index > coarsest, DROPPED)
+            dropped = index > coarsest
+            kept = False if keep_all is False else dropped & keep_all
+            index.masked_fill_(dropped, DROPPED)
+            if isinstance(kept, Tensor):
+                index.masked_fill_(kept, coarsest)
         if caps is not None:
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
         return _apply_mask(index, mask)
@@ -228,9 +251,9 @@ def proportional(
 
     assert density is not None  # checked by allocate_levels
     over = (1, 2, 3) if share_heads else (2, 3)
-    pairs = torch.ones_like(shares[..., :1, :1]) if mask.visible is None else mask.visible
-    total = pairs.expand_as(shares).sum(over, keepdim=True, dtype=torch.float32)
-    low = torch.full_like(total, -60.0 * exponent - 2.0)
+    pairs = torch.ones_like(log_share[..., :1, :1]) if mask.visible is None else mask.visible
+    total = pairs.expand_as(log_share).sum(over, keepdim=True, dtype=torch.float32)
+    low = torch.zeros_like(total) + (least - 2.0)
     high = torch.full_like(total, coarsest + 3.0)
     for _ in range(32):
         middle = 0.5 * (low + high)
@@ -243,10 +266,13 @@ def proportional(
 
 
 def _tie_break(log_share: Tensor) -> Tensor:
-    """A fixed offset in [0, 1/64) for each (head, query block, KV block): multiples of the golden ratio, modulo one."""
-    _, heads, m, n = log_share.shape
-    steps = torch.arange(heads * m * n, device=log_share.device, dtype=torch.float64)
-    return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, heads, m, n)
+    """A fixed offset in [0, 1/64) for each (query block, KV block): multiples of the golden ratio, modulo one.
+
+    The same in every head, so that a process that holds some of the heads selects what one with all of them does.
+    """
+    m, n = log_share.shape[-2:]
+    steps = torch.arange(m * n, device=log_share.device, dtype=torch.float64)
+    return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, 1, m, n)
 
 
 def similarity_cap(

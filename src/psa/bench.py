@@ -62,7 +62,7 @@ def verify(backend: str, dtype: torch.dtype, head_dim: int, is_causal: bool, dev
         PSAError: when it is above the dtype's tolerance; what is wrong is not timed.
     """
     q, k, v = _inputs(1, 2, 777, head_dim, dtype, device, seed=1)
-    config = PSAConfig(density=0.3)
+    config = PSAConfig(mask_mode="proportional", density=0.3)
     plan = make_plan(q, k, config, is_causal=is_causal)
     out = attend(q, k, v, plan, is_causal=is_causal, backend=backend)
     exact = attend(q.double(), k.double(), v.double(), plan, is_causal=is_causal, backend="reference")
@@ -114,7 +114,7 @@ def _row(
     dense: float,
     error: float,
 ) -> BenchRow:
-    config = PSAConfig(density=density)
+    config = PSAConfig(mask_mode="proportional", density=density)
     timed = {"repeats": repeats, "device": q.device}
     planning = seconds(lambda: make_plan(q, k, config, is_causal=is_causal), **timed)
     plan = make_plan(q, k, config, is_causal=is_causal)

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .commands.evaluate import evaluate
+from .commands.generate import generate_command as generate
+from .commands.understand import understand
 from .errors import PSAError
 
 app = typer.Typer(
@@ -61,6 +64,9 @@ def doctor(as_json: AsJson = False) -> None:
     out.print(table)
     for name, reasons in facts["backends"].items():
         out.print(f"backend [bold]{name}[/bold]: " + ("[green]usable[/green]" if not reasons else "; ".join(reasons)))
+    native = facts["native_engine"]
+    engine = "compiled engine" if not native else f"portable engine, since {'; '.join(native)}"
+    out.print(f"the torch backend uses its {engine}")
 
 
 @app.command(name="presets")
@@ -261,6 +267,11 @@ def demo(
         )
     out.print(table)
     out.print(f"picture {result.picture}\nnumbers {result.record}")
+
+
+app.command("generate")(generate)
+app.command("understand")(understand)
+app.add_typer(evaluate, name="evaluate")
 
 
 def main() -> None:

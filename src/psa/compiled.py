@@ -17,6 +17,6 @@ def constant_order(*key) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def constant_config(key: str, density: float) -> PSAConfig:
-    """A configuration at another density."""
-    return PSAConfig.from_key(key).replace(density=density)
+def constant_config(key: str, **changes: float) -> PSAConfig:
+    """A configuration with another density or target error."""
+    return PSAConfig.from_key(key).replace(**changes)

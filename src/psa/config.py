@@ -1,40 +1,34 @@
 """One frozen configuration for the whole method; the YAML files speak in its terms."""
 
-import difflib
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import Any
 
 from .errors import ConfigError
+from .values import (
+    MAX_LEVEL,
+    Ratios,
+    check_density,
+    check_ratios,
+    check_thresholds,
+    check_tile,
+    finite,
+    is_power_of_two,
+    level_name,
+    nearest,
+)
 
-MASK_MODES = ("topk", "thresholdbound", "proportional")
+MASK_MODES = ("topk", "thresholdbound", "proportional", "auto")
 BIASES = ("count", "variance", "measured")
 IMPORTANCES = ("pooled", "sampled", "antidiagonal")
 REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid")
-MAX_LEVEL = 128
-"""Levels are stored as uint8, so pooling stops at 128 whatever the block size."""
 
 PUBLISHED_RATIOS = {1: (0.0, 0.10), 2: (0.10, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
 DEFAULT_DENSITY = 0.15
 DEFAULT_CAPS = {"count": 0.0, "variance": 1.0, "measured": 20.0}
-
-Ratios = dict[int, tuple[float, float]]
-
-
-def nearest(name: object, valid: Any) -> str:
-    """A hint such as ``; did you mean 'topk'? (topk, thresholdbound)``, for the end of an error message."""
-    names = [str(item) for item in valid]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} valid: {', '.join(names)}"
-
-
-def is_power_of_two(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and value & (value - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,28 @@ class PSAConfig:
         block_m, block_n: tokens per query block and per KV block (powers of two, at least 16).
         tile_n: KV rows a kernel handles at a time; must divide ``block_n``. Default ``min(32, block_n)``.
         mask_mode: how importance becomes levels: ``"topk"``, ``"thresholdbound"`` (the published modes, with
-            ``mask_ratios``) or ``"proportional"`` (with ``density`` or ``tau``). Default: proportional when
-            ``density`` or ``tau`` is given, else topk.
+            ``mask_ratios``), ``"proportional"`` (with ``density`` or ``tau``) or ``"auto"``, which chooses exponent,
+            keep_all, bias_cap and slope per head by probes. Default: topk with ``mask_ratios``, proportional with any
+            of ``tau``, ``bias``, ``exponent`` and ``keep_all``, else auto.
         mask_ratios: level -> (lo, hi), cumulative bounds in [0, 1]; level 0 is skipped.
         density: mean of 1/level over block pairs, in (0, 1].
         exponent: in proportional mode, rows are kept in proportion to importance ** exponent.
+        rank_exponent: in proportional mode, importance ** exponent is divided by rank ** rank_exponent, the rank among
+            a query block's visible blocks that are not pinned. Cheap estimates get the order of a sharp head's blocks
+            right, but not how far they are apart.
         keep_all: in proportional mode, never skip a block; ``False`` skips what would be coarser than one row.
         tau: fixed threshold of proportional mode; density then adapts to the input.
         share_heads: meet ``density`` over all heads of a layer instead of in each head.
+        target_error: in auto mode, the relative error each head may have, instead of ``density``: the smallest density
+            whose probed error meets it; heads that need more than ``max_density`` run dense.
+        max_density: upper bound of what ``target_error`` may choose.
+        probe_rows: query rows per head whose exact attention is computed in a call that probes.
+        probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
+            change of the importance's concentration that ends it sooner.
+        slope: add the first-order term of what averaging loses of the values. Default: True only in auto mode, where
+            it is chosen per head.
+        sort_keys: sort keys inside KV blocks so that pooled groups are tight (never when causal or with a key mask).
+            Default: True only in auto mode.
         bias: mass correction of pooled rows: ``"count"`` (published), ``"variance"`` or ``"measured"``.
         bias_cap: upper bound of that correction, in nats. Default 1 (variance), 20 (measured).
         importance: ``"pooled"``, ``"sampled"`` or ``"antidiagonal"``.
@@ -75,9 +83,17 @@ class PSAConfig:
     mask_ratios: Ratios | None = None
     density: float | None = None
     exponent: float = 1.0
+    rank_exponent: float = 0.0
     keep_all: bool = True
     tau: float | None = None
     share_heads: bool = False
+    target_error: float | None = None
+    max_density: float = 1.0
+    probe_rows: int = 48
+    probe_every: int = 10
+    probe_drift: float = 0.25
+    slope: bool | None = None
+    sort_keys: bool | None = None
     bias: str = "count"
     bias_cap: float | None = None
     importance: str = "pooled"
@@ -107,16 +123,35 @@ class PSAConfig:
         return hash(self.key)
 
     def replace(self, **changes: Any) -> "PSAConfig":
-        """A changed copy. Asking for ``density`` or ``tau`` switches to proportional mode unless told otherwise."""
-        if ("density" in changes or "tau" in changes) and self.mask_mode != "proportional":
-            changes = {"mask_mode": "proportional", "mask_ratios": None, **changes}
-        if "tau" in changes:
+        """A changed copy. Asking for ``density`` or ``target_error`` switches to auto mode, for ``tau`` to proportional
+        mode, unless told otherwise or there already."""
+        if "tau" in changes and self.mask_mode != "proportional":
+            changes = {"mask_mode": "proportional", **changes}
+        if "target_error" in changes and self.mask_mode != "auto":
+            changes = {"mask_mode": "auto", **changes}
+        fixed = {"bias", "exponent", "keep_all"} & changes.keys() or self.bias != "count"
+        if fixed and self.mask_mode == "auto":
+            changes = {"mask_mode": "proportional", **changes}
+        if "density" in changes and self.mask_mode not in ("proportional", "auto"):
+            changes = {"mask_mode": "proportional" if fixed else "auto", **changes}
+        mode = changes.get("mask_mode", self.mask_mode)
+        if mode != self.mask_mode:
+            changes = {"slope": None, "sort_keys": None, **changes}
+            if mode in ("proportional", "auto"):
+                changes = {"mask_ratios": None, **changes}
+            if mode == "auto":
+                changes = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, **changes}
+            else:
+                changes = {"target_error": None, "max_density": 1.0, **changes}
+        if "tau" in changes and changes["tau"] is not None:
             changes = {"density": None, **changes}
+        elif changes.get("target_error") is not None:
+            changes = {"density": None, "share_heads": False, **changes}
         elif "density" in changes:
-            changes = {"tau": None, **changes}
+            changes = {"tau": None, "target_error": None, **changes}
         if "bias" in changes and "bias_cap" not in changes:
             changes = {"bias_cap": None, **changes}
-        if "mask_mode" in changes and changes["mask_mode"] != "proportional":
+        if mode not in ("proportional", "auto"):
             changes = {"density": None, "tau": None, **changes}
         if "block_n" in changes and "tile_n" not in changes:
             changes = {"tile_n": None, **changes}
@@ -142,16 +177,19 @@ class PSAConfig:
     def _resolve_mode(self) -> None:
         mode = self.mask_mode
         if mode is None:
-            mode = "proportional" if self.density is not None or self.tau is not None else "topk"
+            fixed = self.tau is not None or self.bias != "count" or self.exponent != 1.0 or self.keep_all is not True
+            published = self.mask_ratios is not None and self.density is None
+            mode = "topk" if published else "proportional" if fixed else "auto"
         if mode not in MASK_MODES:
             raise ConfigError(f"mask_mode: {mode!r} is unknown{nearest(mode, MASK_MODES)}")
         object.__setattr__(self, "mask_mode", mode)
-        if mode == "proportional":
+        self._check_auto(mode)
+        if mode in ("proportional", "auto"):
             if self.mask_ratios is not None:
-                raise ConfigError("mask_ratios: proportional mode takes density or tau, not mask_ratios")
+                raise ConfigError(f"mask_ratios: {mode} mode takes a density, not mask_ratios")
             if self.density is not None and self.tau is not None:
                 raise ConfigError("tau: a fixed tau and a density exclude each other; give one")
-            if self.density is None and self.tau is None:
+            if self.density is None and self.tau is None and self.target_error is None:
                 object.__setattr__(self, "density", DEFAULT_DENSITY)
         else:
             for name in ("density", "tau"):
@@ -159,6 +197,26 @@ class PSAConfig:
                     raise ConfigError(f"{name}: mask_mode {mode!r} takes mask_ratios, not {name}; use proportional")
             ratios = PUBLISHED_RATIOS if self.mask_ratios is None else self.mask_ratios
             object.__setattr__(self, "mask_ratios", check_ratios(ratios, self.block_n))
+
+    def _check_auto(self, mode: str) -> None:
+        """What auto mode decides by itself may not be asked for; what only it can do, not elsewhere."""
+        for name in ("slope", "sort_keys"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, mode == "auto")
+        if mode != "auto":
+            if self.target_error is not None or self.max_density != 1.0:
+                raise ConfigError(f"target_error, max_density: only auto mode measures errors, not {mode!r}")
+            return
+        fixed = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, "bias_cap": (None, 0.0)}
+        for name, default in fixed.items():
+            value = getattr(self, name)
+            if value != default and not (isinstance(default, tuple) and value in default):
+                raise ConfigError(f"{name}: auto mode chooses it per head; {value!r} needs mask_mode='proportional'")
+        if self.target_error is not None:
+            if self.density is not None or self.share_heads:
+                raise ConfigError("target_error: excludes density and share_heads; it sets each head's density itself")
+            if finite("target_error", self.target_error, low=0.0) == 0:
+                raise ConfigError("target_error: 0 is not positive; exact attention is type 'dense'")
 
     def _check_choices(self) -> None:
         choices = {"bias": BIASES, "importance": IMPORTANCES, "type": ("psa", "dense")}
@@ -170,7 +228,7 @@ class PSAConfig:
             hint = nearest(self.rearrange_method, REARRANGE_METHODS)
             raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
         object.__setattr__(self, "rearrange_method", method)
-        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange"):
+        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not true or false")
         if not isinstance(self.description, str):
@@ -179,12 +237,13 @@ class PSAConfig:
     def _check_numbers(self) -> None:
         if self.density is not None:
             check_density(self.density, self.max_level, self.keep_all)
-        _finite("exponent", self.exponent, low=0.0)
-        if self.tau is not None and _finite("tau", self.tau, low=0.0) == 0:
+        finite("exponent", self.exponent, low=0.0)
+        finite("rank_exponent", self.rank_exponent, low=0.0)
+        if self.tau is not None and finite("tau", self.tau, low=0.0) == 0:
             raise ConfigError("tau: 0 is not positive")
         if self.bias_cap is None:
             object.__setattr__(self, "bias_cap", DEFAULT_CAPS[self.bias])
-        _finite("bias_cap", self.bias_cap, low=0.0)
+        finite("bias_cap", self.bias_cap, low=0.0)
         limits = {"importance_rows": self.block_m, "importance_cols": self.block_n, "importance_stride": None}
         for name, limit in limits.items():
             value = getattr(self, name)
@@ -193,12 +252,18 @@ class PSAConfig:
         smallest = min(self.block_m, self.block_n)
         if self.importance == "antidiagonal" and self.importance_stride > smallest:
             raise ConfigError(f"importance_stride: {self.importance_stride} is larger than a block ({smallest})")
+        check_density(self.max_density, self.max_level, True)
+        finite("probe_drift", self.probe_drift, low=0.0)
+        for name in ("probe_rows", "probe_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
+                raise ConfigError(f"{name}: {value!r} is not a positive whole number")
         for name in ("seed", "warmup_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise ConfigError(f"{name}: {value!r} is not a whole number from 0")
-        object.__setattr__(self, "sim_thresholds", _check_thresholds(self.sim_thresholds))
-        object.__setattr__(self, "tile_size", _check_tile(self.tile_size))
+        object.__setattr__(self, "sim_thresholds", check_thresholds(self.sim_thresholds))
+        object.__setattr__(self, "tile_size", check_tile(self.tile_size))
 
     # -- the YAML's terms --------------------------------------------------------------------------------------
 
@@ -241,7 +306,7 @@ class PSAConfig:
                 raise ConfigError(f"block_size.{key}: unknown key{nearest(key, ('m', 'n', 'tile_n'))}")
             given[{"m": "block_m", "n": "block_n"}.get(key, key)] = value
         if "sim_thresholds" in given and isinstance(given["sim_thresholds"], Mapping):
-            given["sim_thresholds"] = {_level_name(key): value for key, value in given["sim_thresholds"].items()}
+            given["sim_thresholds"] = {level_name(key): value for key, value in given["sim_thresholds"].items()}
         if isinstance(given.get("tile_size"), list):
             given["tile_size"] = tuple(given["tile_size"])
         return cls(**given)
@@ -260,76 +325,3 @@ def _from_key(key: str) -> PSAConfig:
 @lru_cache(maxsize=1)
 def _notice_attn_impl() -> None:
     warnings.warn("attn_impl is ignored: one kernel serves every option", UserWarning, stacklevel=4)
-
-
-def check_density(density: float, max_level: int, keep_all: bool) -> None:
-    """Raises ConfigError unless a density can be met: (0, 1], and at least 1/max_level when nothing is dropped."""
-    _finite("density", density, low=0.0)
-    if not 0.0 < density <= 1.0:
-        raise ConfigError(f"density: {density!r} is not in (0, 1]")
-    if keep_all and density < 1.0 / max_level:
-        raise ConfigError(
-            f"density: {density!r} is below 1/{max_level}, the least without dropping; "
-            "use keep_all=False or larger blocks"
-        )
-
-
-def check_ratios(ratios: object, block_n: int) -> Ratios:
-    """Validates ``level -> (lo, hi)`` and returns it sorted by (lo, hi), level 0 last.
-
-    Raises:
-        ConfigError: for levels that are no power of two or exceed ``block_n``, bounds outside [0, 1], intervals that
-            overlap, leave a gap, or are out of order.
-    """
-    if not isinstance(ratios, Mapping) or not ratios:
-        raise ConfigError(f"mask_ratios: {ratios!r} is not a mapping of level to [lo, hi]")
-    parsed: Ratios = {}
-    for key, bounds in ratios.items():
-        level = int(key) if isinstance(key, str) and key.isdecimal() else key
-        skipped = isinstance(level, int) and level == 0 and level is not False
-        if not skipped and not (is_power_of_two(level) and level <= min(block_n, MAX_LEVEL)):
-            raise ConfigError(f"mask_ratios.{key}: level must be 0 or a power of two up to {min(block_n, MAX_LEVEL)}")
-        if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
-            raise ConfigError(f"mask_ratios.{key}: {bounds!r} is not [lo, hi]")
-        lo, hi = (_finite(f"mask_ratios.{key}", bound) for bound in bounds)
-        if not 0.0 <= lo <= hi <= 1.0:
-            raise ConfigError(f"mask_ratios.{key}: [{lo}, {hi}] is not an interval within [0, 1]")
-        parsed[int(level)] = (lo, hi)
-    ordered = sorted(parsed.items(), key=lambda item: (item[0] == 0, *item[1], item[0]))
-    end, last = 0.0, 0
-    for level, (lo, hi) in ordered:
-        if abs(lo - end) > 1e-9:
-            fault = "overlaps the one before" if lo < end else "leaves a gap after the one before"
-            raise ConfigError(f"mask_ratios.{level}: [{lo}, {hi}] {fault}, which ends at {end}")
-        if level and level < last:
-            raise ConfigError(f"mask_ratios.{level}: finer than level {last}, which comes before it")
-        end, last = hi, level or last
-    return dict(ordered)
-
-
-def _level_name(key: object) -> object:
-    text = str(key).lower().removeprefix("x")
-    return int(text) if text.isdigit() else key
-
-
-def _check_thresholds(thresholds: object) -> dict[int, float]:
-    if not isinstance(thresholds, Mapping):
-        raise ConfigError(f"sim_thresholds: {thresholds!r} is not a mapping with x2, x4, x8")
-    for level in thresholds:
-        if level not in (2, 4, 8):
-            raise ConfigError(f"sim_thresholds.{level}: unknown key{nearest(level, ('x2', 'x4', 'x8'))}")
-    return {int(level): _finite(f"sim_thresholds.x{level}", value) for level, value in sorted(thresholds.items())}
-
-
-def _check_tile(tile: object) -> tuple[int, int, int]:
-    sizes = tuple(tile) if isinstance(tile, (tuple, list)) else ()
-    if len(sizes) != 3 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
-        raise ConfigError(f"tile_size: {tile!r} is not three positive whole numbers (t, h, w)")
-    return sizes  # type: ignore[return-value]
-
-
-def _finite(name: str, value: object, low: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-        bound = "" if low == -math.inf else f" of at least {low:g}"
-        raise ConfigError(f"{name}: {value!r} is not a finite number{bound}")
-    return float(value)

@@ -50,7 +50,7 @@ def methods(density: float) -> dict[str, PSAConfig]:
         "binary (keep or drop)": PSAConfig(mask_ratios={1: (0.0, density)}),
         "published topk": PSAConfig(mask_ratios=published),
         "one mean per dropped block": PSAConfig(mask_ratios={1: (0.0, exact), 64: (exact, 1.0)}),
-        "proportional": PSAConfig(density=density),
+        "proportional": PSAConfig(mask_mode="proportional", density=density),
         "proportional + variance bias": PSAConfig(density=density, bias="variance"),
     }
 

@@ -8,13 +8,17 @@ import torch
 
 from . import __version__
 from .backends import backends
+from .backends.torch import native_reasons
 from .bench import device_name
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "av", "matplotlib")
 
 
 def diagnose() -> dict:
-    """Versions, devices and every backend's reasons why not (an empty list means it is usable)."""
+    """Versions, devices, and the reasons why not of every backend and of the torch backend's compiled engine.
+
+    An empty list of reasons means usable.
+    """
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -38,4 +42,5 @@ def diagnose() -> dict:
         "packages": versions,
         "gpus": gpus,
         "backends": backends(),
+        "native_engine": native_reasons(),
     }

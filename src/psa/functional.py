@@ -1,6 +1,5 @@
 """The three calls of the library, `plan`, `attend` and their composition `psa_attention`, and what they accept."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,12 +7,14 @@ from torch import Tensor
 
 from . import ops
 from .backends import reference
+from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .plan import Plan
 from .reorder import Permutation, SemanticState, reorder
-
-Grid = tuple[int, int, int]
+from .reorder.keys import key_order
+from .slope import slope_correction
+from .state import ProbeState
 
 
 def psa_attention(
@@ -23,6 +24,7 @@ def psa_attention(
     *,
     config: PSAConfig | None = None,
     density: float | None = None,
+    target_error: float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -42,8 +44,9 @@ def psa_attention(
     Args:
         q: [B, H, Lq, D], float32, float16 or bfloat16 (float64 off the GPU). Any strides.
         k, v: [B, Hkv, Lk, D], same dtype and device; Hkv must equal H unless ``enable_gqa``.
-        config: all settings; default: published topk, or what ``density`` selects.
-        density: share of the work to keep, in (0, 1]; overrides the mode of ``config``.
+        config: all settings; default: the automatic mode, which probes every head and takes what measures best.
+        density: share of the work to keep, in (0, 1], default .15. Overrides a published mode of ``config``.
+        target_error: instead of a density, the relative error each head may have.
         is_causal: bottom-right aligned, as in flash-attention, when Lq differs from Lk.
         scale: default 1/sqrt(D).
         grid: (T, H, W) of the video tokens, token (t, h, w) at (t*H + h)*W + w; makes blocks neighbourhoods.
@@ -69,7 +72,9 @@ def psa_attention(
             q,
             k,
             config,
+            v=v,
             density=density,
+            target_error=target_error,
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
@@ -78,8 +83,8 @@ def psa_attention(
             text_position=text_position,
             key_mask=key_mask,
         )
-    elif config is not None or density is not None or key_mask is not None or grid is not None:
-        raise ConfigError("plan: a given plan already fixes config, density, grid and key_mask; leave them out")
+    elif any(given is not None for given in (config, density, target_error, key_mask, grid)):
+        raise ConfigError("plan: a given plan fixes config, density, target_error, grid and key_mask; leave them out")
     out = attend(
         q, k, v, plan, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
     )
@@ -94,7 +99,9 @@ def make_plan(
     k: Tensor,
     config: PSAConfig | None = None,
     *,
+    v: Tensor | None = None,
     density: float | None = None,
+    target_error: float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -104,18 +111,25 @@ def make_plan(
     key_mask: Tensor | None = None,
     importance: Tensor | None = None,
     state: SemanticState | None = None,
+    probes: ProbeState | None = None,
+    layer: object = 0,
+    step: int | None = None,
 ) -> Plan:
     """Stages 2 to 4, exported as ``psa.plan``: token order, importance and levels.
 
     Arguments as in :func:`psa_attention`, and:
 
     Args:
+        v: lets the automatic mode probe; without v it takes a fixed setting, and no error is known.
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
         state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
+        probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
+            state says; without, it probes.
     """
     q, k = _autocast(q, k)
-    check_tensors(q, k, None, enable_gqa)
-    settings = resolve_config(config, density)
+    v = None if v is None else _autocast(v)[0]
+    check_tensors(q, k, v, enable_gqa)
+    settings = resolve_config(config, density, target_error)
     scale = check_scale(scale, q.shape[-1])
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
@@ -123,16 +137,32 @@ def make_plan(
     if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
         permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
     mask_in_order = key_mask
+    if settings.sort_keys and settings.type == "psa" and not is_causal:
+        permutation = _with_sorted_keys(q, k, key_mask, permutation, settings.block_n)
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
+        v = None if v is None else permutation.apply_k(v)
         mask_in_order = None if key_mask is None else permutation.apply_k_mask(key_mask)
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
-    levels, power, pairs = ops.select(
-        q, k, importance, mask_in_order, settings.key, scale, is_causal, text_length, text_position
+    if settings.mask_mode != "auto" or step is None:
+        probes = None
+    choice = probes.choice(layer, step, settings, q) if probes is not None and step is not None else None
+    levels, power, caps, pairs, slope, chosen = ops.select(
+        q,
+        k,
+        v,
+        importance,
+        mask_in_order,
+        None if choice is None else choice[..., :3].contiguous(),
+        settings.key,
+        scale,
+        is_causal,
+        text_length,
+        text_position,
     )
-    return Plan(
+    plan = Plan(
         levels,
         settings.block_m,
         settings.block_n,
@@ -141,13 +171,18 @@ def make_plan(
         is_causal,
         permutation,
         query_power=power if power.numel() else None,
-        bias_cap=power.new_full((1, 1), settings.bias_cap) if power.numel() else None,
+        bias_cap=caps if caps.numel() else None,
         pair_bias=pairs if pairs.numel() else None,
+        slope=slope if slope.numel() else None,
+        choice=chosen if chosen.numel() else None,
         key_mask=key_mask,
         config=settings,
         text=(text_length, text_position),
         reorder_state=next_state,
     )
+    if probes is not None and step is not None:
+        probes.record(layer, step, plan, choice)
+    return plan
 
 
 def attend(
@@ -199,6 +234,10 @@ def attend(
                 is_causal,
                 backend,
             )
+        if plan.slope is not None:
+            mask = selection.key_mask
+            terms = (q, k, v, plan.levels, plan.slope, plan.block_m, plan.block_n, scale, mask)
+            out = out + slope_correction(*terms)
     if order is not None:
         out = order.restore_q(out)
         lse = order.restore_q(lse) if return_lse else lse
@@ -226,128 +265,24 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(out_a.dtype), (safe.log() + top).masked_fill(empty, -torch.inf)
 
 
-# -- what is accepted ------------------------------------------------------------------------------------------------
-
-
-def resolve_config(config: PSAConfig | None, density: float | None) -> PSAConfig:
-    """The settings of a call: ``density`` alone selects the proportional mode."""
+def resolve_config(config: PSAConfig | None, density: float | None, target_error: float | None = None) -> PSAConfig:
+    """The settings of a call: ``density`` or ``target_error`` select the automatic mode."""
     if config is not None and not isinstance(config, PSAConfig):
         raise ConfigError(f"config: expected a PSAConfig, got {type(config).__name__}; see psa.PSAConfig.from_dict")
-    if density is None:
+    if density is not None and target_error is not None:
+        raise ConfigError("target_error: excludes density; see max_density of PSAConfig for an upper bound")
+    changes = {"density": density, "target_error": target_error}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes:
         return config if config is not None else _DEFAULT
     if torch.compiler.is_compiling():
         from .compiled import constant_config
 
-        return constant_config((config or _DEFAULT).key, density)
-    return (config or _DEFAULT).replace(density=density)
+        return constant_config((config or _DEFAULT).key, **changes)
+    return (config or _DEFAULT).replace(**changes)
 
 
 _DEFAULT = PSAConfig()
-
-
-def check_tensors(q: Tensor, k: Tensor, v: Tensor | None, enable_gqa: bool) -> None:
-    """Raises ShapeError unless q [B, H, Lq, D] and k, v [B, Hkv, Lk, D] fit together."""
-    named = {"q": q, "k": k} | ({"v": v} if v is not None else {})
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ShapeError(f"{name}: expected [batch, heads, length, head_dim], got {got}")
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ShapeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ShapeError(
-                f"{name}: {tensor.dtype} on {tensor.device} beside q, {q.dtype} on {q.device}; move or cast one"
-            )
-        if tensor.shape[0] != q.shape[0] or tensor.shape[3] != q.shape[3] or tensor.shape[3] == 0:
-            raise ShapeError(f"{name}: batch and head_dim of {list(tensor.shape)} do not fit q {list(q.shape)}")
-    if v is not None and v.shape != k.shape:
-        raise ShapeError(f"v: expected the shape of k, {list(k.shape)}, got {list(v.shape)}")
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads != kv_heads:
-        if not enable_gqa:
-            raise ShapeError(f"k: {kv_heads} heads beside {heads} of q; pass enable_gqa=True for grouped queries")
-        if kv_heads == 0 or heads % kv_heads:
-            raise ShapeError(f"k: {kv_heads} heads do not divide the {heads} heads of q")
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """The softmax scale, 1/sqrt(D) by default; ConfigError unless finite and positive."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
-        raise ConfigError(f"scale: {scale!r} is not a finite positive number")
-    return float(scale)
-
-
-def check_text(q: Tensor, k: Tensor, grid: Grid | None, text_length: int, text_position: str, is_causal: bool) -> None:
-    """Raises unless grid and text fit the sequence."""
-    if text_position not in ("first", "last"):
-        raise ConfigError(f"text_position: {text_position!r} is neither 'first' nor 'last'")
-    if isinstance(text_length, bool) or not isinstance(text_length, int) or text_length < 0:
-        raise ConfigError(f"text_length: {text_length!r} is not a whole number from 0")
-    length_q, length_k = q.shape[2], k.shape[2]
-    if text_length > min(length_q, length_k):
-        raise ShapeError(f"text_length: {text_length} is longer than the sequence ({min(length_q, length_k)})")
-    if grid is None:
-        return
-    if is_causal:
-        raise ConfigError("grid: a causal sequence keeps its order; leave grid out")
-    if not isinstance(grid, (tuple, list)) or len(grid) != 3 or not all(isinstance(s, int) and s > 0 for s in grid):
-        raise ShapeError(f"grid: expected three positive whole numbers (T, H, W), got {grid!r}")
-    tokens = grid[0] * grid[1] * grid[2] + text_length
-    if length_q != tokens or length_k != tokens:
-        raise ShapeError(
-            f"grid: {grid[0]}×{grid[1]}×{grid[2]} video + {text_length} text tokens = {tokens}, "
-            f"but q has {length_q} and k {length_k}"
-        )
-
-
-def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
-    """Raises ShapeError unless key_mask is bool [B, Lk]."""
-    if key_mask is None:
-        return
-    expected = (k.shape[0], k.shape[2])
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected:
-        got = f"{key_mask.dtype} {list(key_mask.shape)}" if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise ShapeError(f"key_mask: expected bool {list(expected)} (True = real token), got {got}")
-    if key_mask.device != k.device:
-        raise ShapeError(f"key_mask: on {key_mask.device}, but k is on {k.device}")
-
-
-def check_importance(importance: Tensor, q: Tensor, blocks: tuple[int, int]) -> None:
-    """Raises ShapeError unless importance is floating [1|B, 1|H, M, N]."""
-    ok = isinstance(importance, Tensor) and importance.ndim == 4 and importance.dtype.is_floating_point
-    if (
-        not ok
-        or importance.shape[0] not in (1, q.shape[0])
-        or importance.shape[1] not in (1, q.shape[1])
-        or tuple(importance.shape[2:]) != blocks
-    ):
-        got = list(importance.shape) if isinstance(importance, Tensor) else type(importance).__name__
-        raise ShapeError(f"importance: expected floats [1|{q.shape[0]}, 1|{q.shape[1]}, *{list(blocks)}], got {got}")
-
-
-def check_plan(plan: Plan, q: Tensor, k: Tensor, is_causal: bool) -> None:
-    """Raises unless the plan was made for tensors of these shapes and this causality."""
-    if not isinstance(plan, Plan):
-        raise ConfigError(f"plan: expected a Plan, got {type(plan).__name__}; see psa.plan and Plan.from_levels")
-    if plan.is_causal is not None and plan.is_causal != is_causal:
-        raise ConfigError(f"plan: made with is_causal={plan.is_causal}, used with is_causal={is_causal}")
-    expected = (-(-q.shape[2] // plan.block_m), -(-k.shape[2] // plan.block_n))
-    lengths = (plan.length_q, plan.length_k)
-    if (
-        tuple(plan.levels.shape[2:]) != expected
-        or plan.levels.shape[0] not in (1, q.shape[0])
-        or plan.levels.shape[1] not in (1, q.shape[1])
-        or (None not in lengths and lengths != (q.shape[2], k.shape[2]))
-    ):
-        raise ShapeError(
-            f"plan: levels {list(plan.levels.shape)} in blocks {plan.block_m}×{plan.block_n} "
-            f"(lengths {lengths[0]}, {lengths[1]}) do not fit q {list(q.shape)} and k {list(k.shape)}"
-        )
-    if plan.levels.device != q.device:
-        raise ShapeError(f"plan: on {plan.levels.device}, but q is on {q.device}; use plan.to(device)")
-    check_key_mask(plan.key_mask, k)
 
 
 def _permutation(
@@ -371,6 +306,18 @@ def _permutation(
         state=state,
         key_mask=key_mask,
     )
+
+
+def _with_sorted_keys(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, base: Permutation | None, block_n: int
+) -> Permutation:
+    """``base`` with the keys of every block sorted, per head."""
+    if base is None:
+        order = key_order(q.detach(), k.detach(), key_mask, block_n)
+        return Permutation(torch.arange(q.shape[2], device=q.device), order)
+    key_mask = None if key_mask is None else base.apply_k_mask(key_mask)
+    order = key_order(q.detach(), base.apply_k(k).detach(), key_mask, block_n)
+    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

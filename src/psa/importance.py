@@ -111,17 +111,18 @@ def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool
     for b in range(batch):
         for start in range(0, count, step):
             part = rows.queries[b, :, start : start + step]
-            logits = _grouped_product(part, keys[b]) + bias[b if bias.shape[0] > 1 else 0]
+            width = _visible_width(rows, min(start + step, count), keys.shape[-1])
+            logits = _grouped_product(part, keys[b, ..., :width]) + bias[b if bias.shape[0] > 1 else 0, :width]
             if rows.query_position is not None and rows.key_position is not None:
-                seen = rows.key_position[None, :] <= rows.query_position[start : start + step, None]
+                seen = rows.key_position[None, :width] <= rows.query_position[start : start + step, None]
                 logits[..., : seen.shape[-1]].masked_fill_(~seen, -torch.inf)
             logits -= logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-            mass = logits.exp_().unflatten(-1, (blocks_k, rows.per_block_k))
+            mass = logits.exp_().unflatten(-1, (-1, rows.per_block_k))
             total = mass.sum((-1, -2))[..., None].clamp(min=torch.finfo(torch.float32).tiny)
             mass = (mass.amax(-1) if largest else mass.sum(-1)) / total
             mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
             first = start // rows.per_block_q
-            out[b, :, first : first + mass.shape[1]] = mass.amax(2) if largest else mass.sum(2)
+            out[b, :, first : first + mass.shape[1], : mass.shape[-1]] = mass.amax(2) if largest else mass.sum(2)
     return out / out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -185,10 +186,17 @@ def measured_mass(
 
 def _grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
     """[H, R, d] × [Hkv, d, C] -> [H, R, C] without repeating keys."""
-    heads, kv_heads = queries.shape[0], keys.shape[0]
-    if heads == kv_heads:
-        return queries @ keys
-    return (queries.unflatten(0, (kv_heads, -1)) @ keys[:, None]).flatten(0, 1)
+    kv_heads = keys.shape[0]
+    grouped = queries.reshape(kv_heads, -1, queries.shape[-1])
+    return (grouped @ keys).view(*queries.shape[:2], keys.shape[-1])
+
+
+def _visible_width(rows: ScoreRows, stop: int, width: int) -> int:
+    """Key rows, in whole blocks, that query rows before ``stop`` can see. Off the CPU all: counting them would wait."""
+    if rows.query_position is None or rows.key_position is None or rows.keys.device.type != "cpu":
+        return width
+    seen = int((rows.key_position <= rows.query_position[stop - 1]).sum())
+    return min(width, max(1, -(-seen // rows.per_block_k)) * rows.per_block_k)
 
 
 def _positions(

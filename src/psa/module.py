@@ -7,12 +7,16 @@ from torch import Tensor, nn
 from .config import PSAConfig
 from .functional import make_plan, psa_attention
 from .reorder import SemanticState
+from .state import ProbeState
 
-PLANNING = ("config", "density", "grid", "text_length", "text_position", "key_mask")
+PLANNING = ("config", "density", "grid", "text_length", "text_position", "key_mask", "target_error", "layer", "step")
 
 
 class PSAAttention(nn.Module):
     """Holds a :class:`PSAConfig`; called like :func:`psa.psa_attention`, with the same arguments and results.
+
+    In the automatic mode, ``step=`` (and ``layer=``, where one module serves several) let a call reuse what an earlier
+    step chose; without ``step`` every call probes. The choices are in ``probe_state``.
 
     Args:
         config: settings of every call; default as in :func:`psa.psa_attention`.
@@ -24,16 +28,19 @@ class PSAAttention(nn.Module):
         base = PSAConfig() if config is None else config
         self.config = base.replace(**settings) if settings else base
         self.reorder_state: SemanticState | None = None
+        self.probe_state = ProbeState()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         if call.get("plan") is not None:
             return psa_attention(q, k, v, **call)
         call = {"config": self.config, **call}
-        if call["config"].rearrange_method not in ("semantic", "hybrid"):
+        if call["config"].rearrange_method not in ("semantic", "hybrid") and call.get("step") is None:
+            call.pop("layer", None)
+            call.pop("step", None)
             return psa_attention(q, k, v, **call)
         planning = {name: call.pop(name) for name in PLANNING if name in call}
         shared = {name: call[name] for name in ("is_causal", "scale", "enable_gqa") if name in call}
-        plan = make_plan(q, k, **planning, **shared, state=self.reorder_state)
+        plan = make_plan(q, k, v=v, **planning, **shared, state=self.reorder_state, probes=self.probe_state)
         self.reorder_state = plan.reorder_state
         return psa_attention(q, k, v, plan=plan, **call)
 

@@ -1,17 +1,24 @@
 """The method's stages as opaque torch operators, so that compiled graphs hold one node for each.
 
-``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend. Each has a fake kernel and a rule for ``torch.func.vmap``.
+``psa::select`` makes levels, ``psa::attend`` and ``psa::attend_backward`` call the named backend. Each has a fake
+kernel and a rule for ``torch.func.vmap``.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .allocate import allocate_levels, block_mask, similarity_cap
-from .backends import choose
+from .auto import Choice, Layer, select_auto, slope_shares
+from .backends import choose, planner
 from .backends.base import Selection
 from .config import PSAConfig
 from .importance import importance, measured_mass
 from .schedule import level_index
+
+SELECT_AT_ONCE = 1 << 25
+"""Query elements above which heads are planned one by one, so that a long sequence's scratch is that of one head."""
 
 
 def _blocks(length: int, block: int) -> int:
@@ -22,22 +29,30 @@ def _blocks(length: int, block: int) -> int:
 def select(
     q: Tensor,
     k: Tensor,
+    v: Tensor | None,
     given: Tensor | None,
     key_mask: Tensor | None,
+    choice: Tensor | None,
     config_key: str,
     scale: float,
     is_causal: bool,
     text_length: int,
     text_position: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 3 and 4 on reordered tokens.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Stages 3 and 4 on reordered tokens. v lets the automatic mode probe; ``choice`` [B, H, 3] spares it.
 
-    Returns:
-        levels uint8 [B, H, M, N]; query_power float32 [B, H, D] (empty without the variance bias);
-        pair_bias float16 [B, H, M, N] (empty without the measured bias).
+    Returns, each empty where the configuration has no use for it:
+        levels uint8 [B, H, M, N]; query_power float32 [B, H, D] and bias_cap float32 [B, H] of the variance bias;
+        pair_bias float16 [B, H, M, N] of the measured bias; slope float16 [B, H, M, N]; choice float32 [B, H, 4]: the
+        automatic mode's (:class:`psa.auto.Choice`), and the importance's concentration, by which drift is noticed.
     """
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
+    device = None if 0 in (*q.shape, *k.shape) else planner(q, k, config)
+    split = device is None or config.mask_mode == "auto"
+    if split and q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
+        settings = (config_key, scale, is_causal, text_length, text_position)
+        return _select_by_head(q, k, v, given, key_mask, choice, *settings)
     mask = block_mask(
         q.shape[2],
         k.shape[2],
@@ -50,46 +65,107 @@ def select(
         device=q.device,
     )
     shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
+    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position, "key_mask": key_mask}
+    none, none_half = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float16)
     if config.type == "dense" or 0 in (*shape, q.shape[2]):
         levels = torch.ones(shape, dtype=torch.uint8, device=q.device)
         levels = levels if mask.visible is None else levels * mask.visible
-        return levels, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float16)
+        return levels, none, none.clone(), none_half, none_half.clone(), none.clone()
     scored, ratio = given, None
     if config.bias == "measured":
         measured, ratio = measured_mass(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
         scored = measured if scored is None else scored
+    elif scored is None and device is not None:
+        scored = device.plan_importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
     elif scored is None:
         scored = importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
-    levels = allocate_levels(
-        scored.expand(shape),
-        mask_mode=str(config.mask_mode),
-        mask_ratios=config.mask_ratios,
-        density=config.density,
-        block_n=config.block_n,
-        tau=config.tau,
-        exponent=config.exponent,
-        keep_all=config.keep_all,
-        share_heads=config.share_heads,
-        cap=similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None,
-        mask=mask,
+    scored = scored.expand(shape)
+    cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
+    if config.mask_mode == "auto":
+        allocate = None if device is None else partial(device.plan_levels, q, k, config, caps=cap, **where)
+        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, allocate)
+        levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
+        facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
+        return levels, q.float().square().mean(2), caps.contiguous(), none_half, shares, facts
+    levels = (
+        device.plan_levels(q, k, config, scored, caps=cap, **where)
+        if device is not None
+        else allocate_levels(
+            scored,
+            mask_mode=str(config.mask_mode),
+            mask_ratios=config.mask_ratios,
+            density=config.density,
+            block_n=config.block_n,
+            tau=config.tau,
+            exponent=config.exponent,
+            rank_exponent=config.rank_exponent,
+            keep_all=config.keep_all,
+            share_heads=config.share_heads,
+            cap=cap,
+            mask=mask,
+        )
     )
-    power = q.float().square().mean(2) if config.bias == "variance" else q.new_empty(0, dtype=torch.float32)
-    pairs = q.new_empty(0, dtype=torch.float16)
+    power, caps = none, none.clone()
+    if config.bias == "variance":
+        power = q.float().square().mean(2)
+        caps = power.new_full(shape[:2], float(config.bias_cap or 0.0))
+    pairs = none_half
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
-    return levels, power, pairs
+    return levels, power, caps, pairs, slope_shares(scored, levels) if config.slope else none_half.clone(), none.clone()
+
+
+def concentration(scored: Tensor) -> Tensor:
+    """Mean over query blocks of the sum of squared shares, float32 [B, H]: 1/N when even, 1 when one block has all."""
+    share = scored.float() / scored.float().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return share.square().sum(-1).mean(-1)
+
+
+def _select_by_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    given: Tensor | None,
+    key_mask: Tensor | None,
+    choice: Tensor | None,
+    *settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    batches = []
+    for b in range(q.shape[0]):
+        item = slice(b, b + 1)
+        mask = None if key_mask is None else key_mask[item]
+        heads = []
+        for h in range(q.shape[1]):
+            head, kv = slice(h, h + 1), slice(h // group, h // group + 1)
+            values = None if v is None else v[item, kv]
+            scores = None if given is None else given.expand(q.shape[0], q.shape[1], -1, -1)[item, head]
+            chosen = None if choice is None else choice.expand(q.shape[0], q.shape[1], -1)[item, head]
+            heads.append(select(q[item, head], k[item, kv], values, scores, mask, chosen, *settings))
+        batches.append([_join(parts, 1) for parts in zip(*heads, strict=True)])
+    levels, power, caps, pairs, slope, facts = (_join(parts, 0) for parts in zip(*batches, strict=True))
+    return levels, power, caps, pairs, slope, facts
+
+
+def _join(parts, dim):
+    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
 
 
 @select.register_fake
-def _(q, k, given, key_mask, config_key, scale, is_causal, text_length, text_position):
+def _(q, k, v, given, key_mask, choice, config_key, scale, is_causal, text_length, text_position):
     config = PSAConfig.from_key(config_key)
     shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
-    power = (q.shape[0], q.shape[1], q.shape[3]) if config.bias == "variance" and config.type == "psa" else (0,)
-    pairs = shape if config.bias == "measured" and config.type == "psa" else (0,)
+    sparse = config.type != "dense" and 0 not in (*shape, q.shape[2])
+    auto = sparse and config.mask_mode == "auto"
+    variance = auto or (sparse and config.bias == "variance")
+    none = (0,)
     return (
         q.new_empty(shape, dtype=torch.uint8),
-        q.new_empty(power, dtype=torch.float32),
-        q.new_empty(pairs, dtype=torch.float16),
+        q.new_empty((q.shape[0], q.shape[1], q.shape[3]) if variance else none, dtype=torch.float32),
+        q.new_empty(shape[:2] if variance else none, dtype=torch.float32),
+        q.new_empty(shape if sparse and config.bias == "measured" else none, dtype=torch.float16),
+        q.new_empty(shape if sparse and config.slope else none, dtype=torch.float16),
+        q.new_empty((*shape[:2], 4) if auto else none, dtype=torch.float32),
     )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MAX_LEVEL
 from .extras import need
 from .plan import Plan
+from .values import MAX_LEVEL
 
 SKIPPED = "#2b2b2b"
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .allocate import BlockMask, block_mask
 from .backends.base import Selection
-from .config import MAX_LEVEL, PSAConfig, is_power_of_two
+from .config import PSAConfig
 from .errors import ConfigError, PSAError, ShapeError
 from .reorder import Permutation, SemanticState
-from .schedule import build_schedule, level_index
+from .schedule import build_schedule
+from .values import MAX_LEVEL, is_power_of_two
 
 FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
-TENSORS = ("levels", "query_power", "bias_cap", "pair_bias", "key_mask", "error")
+TENSORS = ("levels", "query_power", "bias_cap", "pair_bias", "slope", "key_mask", "choice")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Plan:
         query_power, bias_cap: float32 [B, H, D] and [1|B, 1|H]; with the variance bias.
         pair_bias: float16 [B, H, M, N]; with the measured bias.
         key_mask: bool [B, Lk] in the caller's order.
-        error: float32 [B, H], the relative error measured by probes; None where none were taken.
+        slope: float16 [B, H, M, N], importance times N where :mod:`psa.slope` corrects pooled blocks, else 0.
+        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.auto.Choice`.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
         reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
@@ -50,7 +52,8 @@ class Plan:
     bias_cap: Tensor | None = None
     pair_bias: Tensor | None = None
     key_mask: Tensor | None = None
-    error: Tensor | None = None
+    slope: Tensor | None = None
+    choice: Tensor | None = None
     config: PSAConfig | None = field(default=None, repr=False)
     text: tuple[int, str] = (0, "last")
     reorder_state: SemanticState | None = field(default=None, repr=False, compare=False)
@@ -81,18 +84,47 @@ class Plan:
     @property
     def density_per_head(self) -> Tensor:
         """Mean of 1/level over block pairs (those on or below the diagonal, if causal): float32 [1|B, 1|H]."""
-        index = level_index(self.levels)
-        kept = torch.exp2(-index.float()).masked_fill(index < 0, 0.0)
+        levels = self.levels
         if not self.is_causal:
-            return kept.mean((-1, -2)) if kept.numel() else kept.sum((-1, -2))
+            return _kept(levels) / max(1, levels.shape[-1] * levels.shape[-2])
         visible = self._mask().visible
         assert visible is not None
-        return (kept * visible).sum((-1, -2)) / visible.sum((-1, -2)).clamp(min=1)
+        return _kept(levels * visible) / visible.sum((-1, -2)).clamp(min=1)
 
     @property
     def density(self) -> float:
         """Share of dense attention's work that remains, after caps and pins; a partial tail block counts as a whole."""
         return float(self.density_per_head.mean()) if self.levels.numel() else 0.0
+
+    @property
+    def error(self) -> Tensor | None:
+        """The relative error of each head as probes measured it, float32 [B, H]; None where none were taken.
+
+        NaN for heads of a plan whose automatic mode had no v to probe with. A reused choice carries the error of the
+        call that probed.
+        """
+        return None if self.choice is None else self.choice[..., 2]
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """One row per batch item and head: setting, density asked for and kept, and measured error."""
+        from .auto import CANDIDATES, Choice
+
+        if self.choice is None:
+            return []
+        choice = Choice.unpack(self.choice[..., :3])
+        kept = self.density_per_head.expand(choice.density.shape)
+        return [
+            {
+                "batch": b,
+                "head": h,
+                "setting": "dense" if float(kept[b, h]) >= 1.0 else CANDIDATES[int(choice.candidate[b, h])].name,
+                "density": float(kept[b, h]),
+                "error": float(choice.error[b, h]),
+            }
+            for b in range(kept.shape[0])
+            for h in range(kept.shape[1])
+        ]
 
     @property
     def sparsity(self) -> float:
@@ -111,6 +143,11 @@ class Plan:
     def notes(self) -> list[str]:
         """What the caller should know, e.g. that pinned blocks alone exceed the density asked for."""
         asked = self.config.density if self.config else None
+        if self.config and self.config.target_error is not None and self.choice is not None:
+            missed = int((self.choice[..., 1] > self.config.max_density).sum())
+            heads = self.choice[..., 1].numel()
+            text = f"{missed} of {heads} heads cannot meet error {self.config.target_error:g} and run dense"
+            return [f"{text} (max_density {self.config.max_density:g})"] if missed else []
         if asked is None or self.density <= asked * 1.02:
             return []
         if self.pinned_density > asked:
@@ -208,6 +245,12 @@ class Plan:
             permutation=Permutation.from_dict(order) if order else None,
             config=config,
         )
+
+
+def _kept(levels: Tensor) -> Tensor:
+    """Sum of 1/level over block pairs: float32 [1|B, 1|H]. Level by level: a long plan has room for one byte a pair."""
+    counts = [(levels == (1 << e)).sum((-1, -2)) * 0.5**e for e in range(MAX_LEVEL.bit_length())]
+    return torch.stack(counts).sum(0)
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from .allocate import allocate_levels
-from .config import PSAConfig, nearest
+from .config import PSAConfig
 from .errors import ConfigError
+from .values import nearest
 
 FILE_NAME = "attention_config.yaml"
 SECTION_KEYS = ("default_attention", "video_scale", "text_length", "attention_configs")
@@ -132,6 +133,7 @@ def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float]:
             density=config.density,
             tau=config.tau,
             exponent=config.exponent,
+            rank_exponent=config.rank_exponent,
             keep_all=config.keep_all,
             block_n=config.block_n,
         ).float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import Selection
-from .config import MAX_LEVEL
+from .values import MAX_LEVEL
 
 
 @dataclass(frozen=True)

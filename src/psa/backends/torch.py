@@ -38,6 +38,7 @@ def engine_for(q: Tensor) -> str:
     return "native" if servable and not native_reasons() else "blocks"
 
 
+@torch.no_grad()
 def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """Pyramid attention with the levels as given (METHOD: §2).
 
@@ -53,6 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tens
     return out.to(q.dtype), lse
 
 
+@torch.no_grad()
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

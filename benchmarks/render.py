@@ -1,0 +1,152 @@
+"""Renders the quality rows into tables inside the docs and into pictures beside them.
+
+    python benchmarks/render.py
+
+A page holds ``<!-- table: NAME -->`` … ``<!-- end -->``; what lies between is replaced. Pictures go to
+``docs/pictures``.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "docs" / language / name for language in ("en", "zh") for name in ("how-wrong-is-it.md", "log.md")]
+PICTURES = ROOT / "docs" / "pictures"
+RIVALS = ("published topk", "one mean per block")
+Row = dict
+
+
+def load(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values)) if values else math.nan
+
+
+def errors(rows: list[Row], arena: str, order: str = "Gilbert", density: float = 0.15) -> dict[tuple[str, str], dict]:
+    """(method, importance) -> {(case, head): error}; later rows win."""
+    found: dict[tuple[str, str], dict] = defaultdict(dict)
+    for row in rows:
+        if row["arena"] == arena and row["order"] == order and row.get("density") == density:
+            found[row["method"], row["importance"]][row["case"], row["head"]] = row["error"]
+    return found
+
+
+def methods_table(rows: list[Row], arena: str) -> str:
+    found = errors(rows, arena)
+    topk, one = (found[rival, "exact"] for rival in RIVALS)
+    lines = [
+        "| method | importance | ÷ published topk | ÷ one-mean | worst head ÷ the better |",
+        "|---|---|---|---|---|",
+    ]
+    for (method, importance), by_head in found.items():
+        by_topk = mean([error / topk[head] for head, error in by_head.items()])
+        by_one = mean([error / one[head] for head, error in by_head.items()])
+        worst = max(error / min(topk[head], one[head]) for head, error in by_head.items())
+        lines.append(f"| {method} | {importance} | {by_topk:.3f} | {by_one:.3f} | {worst:.2f} |")
+    return "\n".join(lines)
+
+
+def fields_table(rows: list[Row]) -> str:
+    """Mean error per (temperature, noise) with the spread over seeds."""
+    found = errors(rows, "synthetic")
+    shown = [("binary", "exact"), *((r, "exact") for r in RIVALS), ("p1", "exact"), ("p1 variance uncapped", "exact")]
+    shown.append(("auto", "ours"))
+    kinds = sorted({case.rsplit("-s", 1)[0] for case, _ in found["p1", "exact"]})
+    lines = ["| field | " + " | ".join(name for name, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for kind in kinds:
+        cells = []
+        for key in shown:
+            values = [error for (case, _), error in found[key].items() if case.rsplit("-s", 1)[0] == kind]
+            cells.append(f"{mean(values):.4f} ({min(values):.3f}–{max(values):.3f})")
+        lines.append(f"| {kind.removeprefix('field-')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def orders_table(rows: list[Row]) -> str:
+    shown = [("published topk", "exact"), ("one mean per block", "exact"), ("p2 variance", "ours"), ("auto", "ours")]
+    lines = ["| order, density | " + " | ".join(f"{m}, {i}" for m, i in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for order, density in (("Gilbert", 0.1), ("Gilbert", 0.15), ("Gilbert", 0.25), ("tile", 0.15), ("raster", 0.15)):
+        found = errors(rows, "trained", order, density)
+        cells = [f"{mean(list(found[key].values())):.4f}" for key in shown]
+        lines.append(f"| {order}, {density:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def targets(rows: list[Row]) -> list[Row]:
+    return list({(r["case"], r["head"], r["target"]): r for r in rows if "target" in r}.values())
+
+
+def targets_table(rows: list[Row]) -> str:
+    lines = [
+        "| target | heads | true ≤ 1.2 × target | mean density | median of abs(reported ÷ true − 1) |",
+        "|---" * 5 + "|",
+    ]
+    by_target = defaultdict(list)
+    for row in targets(rows):
+        by_target[row["target"]].append(row)
+        by_target["all"].append(row)
+    for target, group in by_target.items():
+        met = sum(r["error"] <= 1.2 * r["target"] for r in group) / len(group)
+        away = sorted(abs(r["reported"] / r["error"] - 1) for r in group if r["kept"] < 1)
+        density = sum(r["kept"] for r in group) / len(group)
+        lines.append(f"| {target} | {len(group)} | {met:.0%} | {density:.3f} | {away[len(away) // 2]:.1%} |")
+    return "\n".join([*lines[:2], *sorted(lines[2:])])
+
+
+def cost_table(rows: list[Row]) -> str:
+    lines = ["| L, D | a call that probes | amortised over 10 steps | sorting keys | slope |", "|---" * 5 + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.1%}" for name in ("probing", "amortised", "sorted keys", "slope")]
+        lines.append(f"| {row['length']}, {row['head_dim']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def calibration_picture(rows: list[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
+    group = [row for row in targets(rows) if row["kept"] < 1]
+    for axis, name in zip(axes, ("target", "reported"), strict=True):
+        for arena, marker in (("trained", "o"), ("synthetic", "x")):
+            points = [(row[name], row["error"]) for row in group if row["arena"] == arena]
+            axis.scatter(*zip(*points, strict=True), marker=marker, s=18, label=arena)
+        axis.plot([0.005, 0.2], [0.005, 0.2], color="grey", linewidth=0.8)
+        axis.plot([0.005, 0.2], [0.006, 0.24], color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel=f"{name} error", ylabel="true error")
+    axes[0].legend()
+    figure.tight_layout()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURES / "calibration.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    rows, cost = load("quality"), load("probe_cost")
+    tables = {
+        "trained": methods_table(rows, "trained"),
+        "synthetic": methods_table(rows, "synthetic"),
+        "fields": fields_table(rows),
+        "orders": orders_table(rows),
+        "targets": targets_table(rows),
+        "cost": cost_table(cost),
+    }
+    for page in filter(Path.exists, PAGES):
+        text = page.read_text()
+        for name, table in tables.items():
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+        page.write_text(text)
+    calibration_picture(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
+
+Candidates differ in how importance becomes levels (exponent, dropping or not), in the cap of the variance bias and in
+whether the slope correction is added. A head's choice is a row of a table, so everything here stays on the device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .allocate import BlockMask, allocate_levels
+from .config import PSAConfig
+from .probe import Rows, Scored, row_errors, sample_rows
+
+CAPS = (1.5,)
+"""Upper bounds of the variance bias, in nats, that candidates choose from."""
+CAPPED_ERROR = 1e3
+"""What stands for an error that is not finite."""
+DROP_HANDICAP = 1.2
+"""Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
+TINY = torch.finfo(torch.float32).tiny
+LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
+"""Densities at which error curves are measured."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of a head. cap: index into ``CAPS``."""
+
+    exponent: float
+    keep_all: bool = True
+    cap: int = 0
+    slope: bool = True
+
+    @property
+    def name(self) -> str:
+        parts = [f"p{self.exponent:g}", "" if self.keep_all else "drop", f"cap{CAPS[self.cap]:g}"]
+        return " ".join(part for part in (*parts, "slope" if self.slope else "") if part)
+
+
+ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False))
+CANDIDATES = tuple(
+    Candidate(exponent, keep, cap, slope)
+    for exponent, keep in ALLOCATIONS
+    for slope in (True, False)
+    for cap in range(len(CAPS))
+)
+"""The first is used where nothing could be measured (a plan made without v)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, as tensors [B, H] so that nothing waits for the device.
+
+    candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
+    choice; NaN where nothing was measured).
+    """
+
+    candidate: Tensor
+    density: Tensor
+    error: Tensor
+
+    def pack(self) -> Tensor:
+        """float32 [B, H, 3]."""
+        return torch.stack([self.candidate.float(), self.density, self.error], dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "Choice":
+        return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer's inputs in plan order, as :func:`select_auto` takes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    importance: Tensor
+    mask: BlockMask
+    cap: Tensor | None
+    config: PSAConfig
+    scale: float
+    is_causal: bool
+    key_mask: Tensor | None
+    device_levels: Callable[..., Tensor] | None = None
+    """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
+
+    def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Squared errors [B, H, S, C] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
+        assert self.v is not None
+        return row_errors(
+            self.q,
+            self.k,
+            self.v,
+            rows,
+            scored,
+            block_n=self.config.block_n,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            key_mask=self.key_mask,
+        )
+
+    def sample(self, salt: int, count: int) -> Rows:
+        return sample_rows(self.q.shape[2], self.config.block_m, self.q.shape[1], count, salt, self.q.device)
+
+
+@torch.no_grad()
+def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
+    """Levels for every head, by probes or by a choice made before.
+
+    Returns:
+        levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
+        the choice, with the error that fresh probes measured (the given one's, where a choice was given).
+    """
+    with torch.autocast(layer.q.device.type, enabled=False):
+        return _select_auto(layer, given)
+
+
+def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
+    target, several = layer.config.target_error, len(ladder(layer.config)) > 1
+    probing = given is None and layer.v is not None
+    choice, curve = given, None
+    if probing:
+        choice, curve = choose(layer)
+    if choice is None:
+        first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
+        choice = Choice(
+            first.long(), first + float(layer.config.density or layer.config.max_density), first + torch.nan
+        )
+    levels, shares = lay_out(layer, choice)
+    if probing and several:
+        error = measure(layer, levels, shares, choice, salt=1)
+        if target is not None and curve is not None:
+            choice = curve.meeting(target / (error / target).clamp(min=1.0))
+            levels, shares = lay_out(layer, choice)
+            error = measure(layer, levels, shares, choice, salt=2)
+        choice = Choice(choice.candidate, choice.density, error)
+    caps = _table(CAPS, _table([c.cap for c in CANDIDATES], choice.candidate))
+    return levels, caps, shares, choice
+
+
+def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Levels, and the shares of the slope correction, that a choice means for every head."""
+    if layer.device_levels is None:
+        levels = allocate(layer, layer.importance, layer.mask, choice)
+    else:
+        exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)
+        keep = _table([float(c.keep_all) for c in CANDIDATES], choice.candidate)
+        settings = torch.stack([exponents, keep, choice.density.expand_as(exponents)], dim=-1)
+        levels = layer.device_levels(layer.importance, settings=settings)
+    slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
+    return levels, slope_shares(layer.importance, levels, slope)
+
+
+def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) -> Tensor:
+    """Levels of each head by its own candidate and density."""
+    exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)[..., None, None]
+    keep = _table([c.keep_all for c in CANDIDATES], choice.candidate)[..., None, None]
+    return allocate_levels(
+        importance,
+        mask_mode="proportional",
+        density=choice.density[..., None, None],
+        block_n=layer.config.block_n,
+        exponent=exponents,
+        keep_all=keep,
+        cap=layer.cap,
+        mask=mask,
+    )
+
+
+def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Importance times N where a pooled block of a head is to be corrected, else 0: float16, shape of ``levels``."""
+    rows = importance / importance.sum(-1, keepdim=True).clamp(min=TINY)
+    rows = (rows * importance.shape[-1]).clamp(max=6e4).masked_fill(levels <= 1, 0.0)
+    if wanted is not None:
+        rows = rows * wanted[..., None, None]
+    return rows.to(torch.float16)
+
+
+def ladder(config: PSAConfig) -> tuple[float, ...]:
+    """The densities that have to be probed: the budget alone, or a curve for a target or a shared budget."""
+    if config.target_error is None and not config.share_heads:
+        return (float(config.density or config.max_density),)
+    top = config.max_density if config.density is None else 1.0
+    return (*(d for d in LADDER if 1.0 / config.max_level <= d < top), top)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Errors [B, H, P] of the best candidates [B, H, P] at densities [P]."""
+
+    densities: Tensor
+    errors: Tensor
+    candidates: Tensor
+
+    def at(self, density: Tensor) -> Choice:
+        """Each head's candidate of the nearest probed density; what it errs there is left to be measured."""
+        nearest = (density[..., None].log() - self.densities.log()).abs().argmin(-1, keepdim=True)
+        return Choice(self.candidates.gather(-1, nearest).squeeze(-1), density, torch.full_like(density, torch.nan))
+
+    def meeting(self, target: Tensor) -> Choice:
+        return self.at(smallest_density(self.errors, self.densities, target))
+
+
+def choose(layer: Layer) -> tuple[Choice, Curve | None]:
+    """The best candidate of every head by probes, at the densities that budget or target call for.
+
+    Every other sampled query block takes part in the choice. With one density the rest measure the error; with several
+    the error is left open (NaN), to be measured at the density that comes out, and the curve is returned too.
+    """
+    config = layer.config
+    steps = ladder(config)
+    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
+    squared, norms = layer.errors(rows, _scored(layer, rows, steps))
+    squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).unflatten(-1, (len(steps), len(CANDIDATES)))
+    part = slice(0, None, 2) if len(steps) == 1 and squared.shape[2] > 1 else slice(None)
+    chosen_by, norm = squared[:, :, part].sum(2), norms[:, :, part].sum(2)
+    handicap = _constant(tuple(1.0 if c.keep_all else DROP_HANDICAP for c in CANDIDATES), squared.device)
+    winner = (chosen_by * handicap).argmin(dim=-1, keepdim=True)
+    best = chosen_by.gather(-1, winner).squeeze(-1)
+    winner = winner.squeeze(-1)
+    densities = _constant(steps, best.device)
+    if len(steps) == 1:
+        rest = slice(1, None, 2) if squared.shape[2] > 1 else slice(None)
+        error = squared[:, :, rest, 0].sum(2).gather(-1, winner)
+        error = (error / norms[:, :, rest].sum(2)[..., None].clamp(min=TINY)).sqrt()
+        return Choice(winner.squeeze(-1), torch.zeros_like(norm) + steps[0], error.squeeze(-1)), None
+    curve = Curve(densities, (best / norm[..., None].clamp(min=TINY)).sqrt(), winner)
+    if config.target_error is not None:
+        return curve.meeting(torch.full_like(norm, config.target_error)), curve
+    return curve.at(shared_densities(best, densities, float(config.density or config.max_density))), curve
+
+
+def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> Tensor:
+    """The relative error of the plan itself on rows of its own (by ``salt``), [B, H]."""
+    rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
+    scored = Scored(
+        _rows_of(levels, rows)[:, :, :, None],
+        _table([c.cap for c in CANDIDATES], choice.candidate)[..., None],
+        _constant(CAPS, levels.device)[None, None],
+        _rows_of(shares, rows)[:, :, :, None],
+    )
+    squared, norms = layer.errors(rows, scored)
+    return (squared[..., 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
+
+
+def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
+    """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target`` [B, H], else 1.
+
+    Errors are made monotone from the right and interpolated linearly in logarithms.
+    """
+    log_target = target[..., None].log()
+    curve = errors.clamp(min=1e-9).flip(-1).cummax(-1).values.flip(-1).log()
+    meets = curve <= log_target
+    first = meets.float().argmax(-1, keepdim=True)
+    before = (first - 1).clamp(min=0)
+    x, y = densities.log().expand_as(curve), curve
+    x0, x1, y0, y1 = (t.gather(-1, i) for t in (x, y) for i in (before, first))
+    step = ((y0 - log_target) / (y0 - y1).clamp(min=1e-9)).clamp(0, 1)
+    found = torch.where(first == 0, x1, x0 + step * (x1 - x0)).exp()
+    return torch.where(meets.any(-1, keepdim=True), found, torch.ones_like(found)).squeeze(-1)
+
+
+def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: int = 256) -> Tensor:
+    """Densities [B, H] with mean ``budget`` that minimise the sum of squared errors over the heads of a layer.
+
+    Curves [B, H, P] are interpolated linearly in logarithms on ``points`` densities; the multiplier is found by
+    bisection.
+    """
+    log_d = densities.log()
+    grid = torch.linspace(float(LADDER[0] if len(densities) < 2 else 0), 1, points, device=squared.device)
+    x = log_d[0] + grid * (log_d[-1] - log_d[0])
+    right = torch.searchsorted(log_d, x.contiguous()).clamp(1, len(densities) - 1)
+    part = ((x - log_d[right - 1]) / (log_d[right] - log_d[right - 1])).clamp(0, 1)
+    curve = squared.clamp(min=1e-20).flip(-1).cummax(-1).values.flip(-1).log()
+    curve = (curve[..., right - 1] * (1 - part) + curve[..., right] * part).exp()
+    cost = x.exp()
+    low = torch.full_like(squared[:, :1, 0], -60.0)
+    high = torch.full_like(low, 60.0)
+    for _ in range(48):
+        middle = 0.5 * (low + high)
+        spent = cost[(curve + middle.exp()[..., None] * cost).argmin(-1)].mean(1, keepdim=True)
+        high, low = torch.where(spent <= budget, middle, high), torch.where(spent <= budget, low, middle)
+    density = cost[(curve + high.exp()[..., None] * cost).argmin(-1)]
+    spare = (budget - density.mean(1, keepdim=True)).clamp(min=0)
+    return (density + spare).clamp(max=1.0)
+
+
+def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
+    """Every candidate at every density of the ladder, on the sampled query blocks."""
+    importance = _rows_of(layer.importance, rows)
+    mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
+    zero = torch.zeros(importance.shape[:2], device=importance.device)
+    columns, shares = [], []
+    for density in ladder:
+        levels: dict[tuple[float, bool], Tensor] = {}
+        for number, candidate in enumerate(CANDIDATES):
+            key = (candidate.exponent, candidate.keep_all)
+            if key not in levels:
+                levels[key] = allocate(layer, importance, mask, Choice(zero.long() + number, zero + density, zero))
+            columns.append(levels[key])
+            shares.append(slope_shares(importance, levels[key], zero + float(candidate.slope)))
+    caps = _constant(tuple(c.cap for c in CANDIDATES) * len(ladder), importance.device)
+    values = _constant(CAPS, importance.device)[None, None]
+    return Scored(torch.stack(columns, 3), caps.expand(*zero.shape, -1), values, torch.stack(shares, 3))
+
+
+def _rows_of(x: Tensor, rows: Rows) -> Tensor:
+    """[B|1, H|1, M, N] -> [B|1, H, S, N], the sampled query blocks of every head."""
+    heads = rows.blocks.shape[0]
+    index = rows.blocks[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1])
+    return x.expand(-1, heads, -1, -1).gather(2, index)
+
+
+def _table(values: Sequence[float], index: Tensor) -> Tensor:
+    return _constant(tuple(values), index.device)[index]
+
+
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _made_once(values, type(values[0]), device)
+
+
+@lru_cache(maxsize=64)
+def _made_once(values: tuple[float, ...], kind: type, device: torch.device) -> Tensor:
+    """A small table on the device, so that captured graphs copy nothing from the host. kind: 1 and True hash alike."""
+    return torch.tensor(values, device=device)

@@ -1,0 +1,250 @@
+"""`psa.enable` for diffusers: each self-attention layer's own processor, run with PSA for its attention call.
+
+Models that go through diffusers' dispatcher get a backend registered there. Processors that call
+``scaled_dot_product_attention`` directly (CogVideoX, Mochi, Allegro) run as they are, with that one name bound to PSA.
+No file, class or global setting of diffusers is changed; :meth:`Handle.disable` puts the processors back.
+"""
+
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from .. import models, presets
+from ..config import PSAConfig
+from ..errors import ConfigError, PSAError
+from ..functional import resolve_config
+from .denoising import DensitySchedule, Schedule, StepReader
+from .layout import Layout
+from .processors import is_open, is_routed, route
+from .session import Session, summary
+
+NOT_SELF = re.compile(r"(^|\.)(attn2|.*cross.*|.*audio.*|.*text.*|.*context.*|.*refiner.*|.*pose.*)(\.|$)")
+"""Attention modules that are not the self-attention of the video: matched against their qualified names."""
+
+
+def supports(target: object) -> bool:
+    return isinstance(_unwrap(target), (DiffusionPipeline, ModelMixin))
+
+
+def enable_model(
+    target: Any,
+    preset: str | None = None,
+    config: PSAConfig | None = None,
+    density: float | None = None,
+    *,
+    warmup_steps: int | None = None,
+    dense_last_steps: int = 0,
+    dense_layers: Sequence[int] = (),
+    dense_first_frames: int = 0,
+    dense_last_frames: int = 0,
+    density_schedule: DensitySchedule | None = None,
+    text_position: str | None = None,
+    layout: Layout | None = None,
+    attention_config: str | None = None,
+    backend: str = "auto",
+    replace: bool = False,
+) -> "Handle":
+    """Switches PSA on in a diffusers pipeline (all of its transformers) or model, until the handle disables it.
+
+    Args:
+        preset: of the model's section, ``"section/preset"``, or ``"default"``.
+        config: settings instead of a preset; ``psa.PSAConfig()`` without either.
+        density: share of the work to keep, over preset or config.
+        warmup_steps, dense_last_steps: denoising steps that stay dense; the former defaults to the preset's.
+        dense_layers: layer indices (negative from the end) that stay dense.
+        dense_first_frames, dense_last_frames: latent frames that read and are read in full.
+        density_schedule: density of each step: a function of (step, steps) or a list stretched over the steps.
+        text_position: ``"first"`` or ``"last"``, for models that psa does not know.
+        layout: how the tokens are made up, instead of reading it from the model.
+        attention_config: a presets file laid over the built-in one.
+        backend: as in :func:`psa.psa_attention`.
+        replace: on an enabled model, take over until disabled instead of raising.
+
+    Raises:
+        ConfigError: settings that are not valid, or a model that is enabled already.
+        PSAError: a model without attention layers that PSA can serve.
+    """
+    target_model = _unwrap(target)
+    settings = _settings(target_model, preset, config, density, attention_config)
+    found = {name: model for name, model in _transformers(target) if any(_layers(_unwrap(model)))}
+    if not found:
+        raise PSAError(f"enable: {type(target_model).__name__} has no transformer with self-attention layers")
+    if not replace:
+        for model in found.values():
+            if any(is_open(attn.processor) for _, attn in _layers(_unwrap(model))):
+                raise ConfigError("enable: PSA is on already; disable its handle first, or pass replace=True")
+    _check(
+        dense_first_frames=dense_first_frames, dense_last_frames=dense_last_frames, dense_last_steps=dense_last_steps
+    )
+    warmup = settings.warmup_steps if warmup_steps is None else warmup_steps
+    _check(warmup_steps=warmup)
+    if text_position not in (None, "first", "last", "none"):
+        raise ConfigError(f"text_position: {text_position!r} is none of 'first', 'last', 'none'")
+    pipeline = weakref.ref(target) if isinstance(target, DiffusionPipeline) else None
+    reader = StepReader()
+    sessions = {}
+    for name, model in found.items():
+        names = [layer for layer, _ in _layers(_unwrap(model))]
+        schedule = Schedule(settings, warmup, dense_last_steps, _indices(dense_layers, names), density_schedule)
+        _check_schedule(schedule)
+        sessions[name] = Session(
+            schedule, reader, type(_unwrap(model)).__name__, names, text_position, layout,
+            (dense_first_frames, dense_last_frames), backend, getattr(target, "scheduler", None), pipeline,
+        )  # fmt: skip
+    return Handle(found, sessions)
+
+
+class Handle:
+    """An enabled pipeline or model: what it measured, and the way back. Handles of one model may end in any order."""
+
+    def __init__(self, found: dict[str, Any], sessions: dict[str, Session]) -> None:
+        self.sessions = sessions
+        self._models = found
+        self._hooks = []
+        for name, model in found.items():
+            attach(_unwrap(model), sessions[name], stacked=True)
+            self._hooks.append(model.register_forward_pre_hook(ReadCall(sessions[name]), with_kwargs=True))
+
+    @property
+    def config(self) -> PSAConfig:
+        return next(iter(self.sessions.values())).schedule.config
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Of the last run: densities over all calls, per step and, in ``models``, per layer and step. Reads the device.
+
+        ``density`` is that of the sparse calls, None before the first; ``overall_density`` counts dense calls as 1.
+        """
+        each = {name: s.stats.values() if s.run == s.reader.run else {} for name, s in self.sessions.items()}
+        whole = {(i * 10**6 + layer, step): v for i, vs in enumerate(each.values()) for (layer, step), v in vs.items()}
+        total = summary(whole)
+        del total["layers"]
+        return {**total, "models": {name: summary(values) for name, values in each.items()}}
+
+    @property
+    def step(self) -> tuple[int, int | None]:
+        """The denoising step of the last call, from 0, and how many there are."""
+        reader = next(iter(self.sessions.values())).reader
+        return reader.step, reader.steps
+
+    def disable(self) -> None:
+        """Puts the processors back as they were; a second call does nothing."""
+        for session in self.sessions.values():
+            session.closed = True
+        for hook in self._hooks:
+            hook.remove()
+        for model in self._models.values():
+            for _, attn in _layers(_unwrap(model)):
+                processor = attn.processor
+                while is_routed(processor) and processor.psa_session.closed:
+                    processor = processor.psa_previous
+                if processor is not attn.processor:
+                    attn.processor = processor
+        self._models, self._hooks = {}, []
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        state = ", ".join(f"{name}: {len(s.names)} layers" for name, s in self.sessions.items())
+        return f"<psa on {state}>" if self._models else "<psa, disabled>"
+
+
+class ReadCall:
+    """Forward pre-hook of an enabled model."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _begin_call(self.session, module, args, kwargs)
+
+
+@torch.compiler.disable()
+def _begin_call(session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not session.closed:
+        model = _unwrap(module)
+        attach(model, session)
+        session.begin_call(model, args, kwargs)
+
+
+def attach(model: nn.Module, session: Session, stacked: bool = False) -> None:
+    """Routes every layer whose processor is not routed (``fuse_qkv_projections`` brings new ones); stacked: all."""
+    for index, (_, attn) in enumerate(_layers(model)):
+        if stacked or not is_open(attn.processor):
+            attn.processor = route(attn.processor, session, index)
+
+
+# -- what is enabled -------------------------------------------------------------------------------------------------
+
+
+def _unwrap(model: Any) -> Any:
+    """The module inside a torch.compile wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _transformers(target: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(target, DiffusionPipeline):
+        for name, part in target.components.items():
+            if name.startswith("transformer") and isinstance(part, nn.Module):
+                yield name, part
+    else:
+        yield "transformer", target
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The self-attention modules in the model's block lists, in order; their place is their layer index."""
+    for top, blocks in model.named_children():
+        if isinstance(blocks, nn.ModuleList):
+            for name, module in blocks.named_modules(prefix=top):
+                if (
+                    hasattr(module, "processor")
+                    and not getattr(module, "is_cross_attention", False)
+                    and not NOT_SELF.search(name)
+                ):
+                    yield name, module
+
+
+def _settings(
+    target: Any, preset: str | None, config: PSAConfig | None, density: float | None, file: str | None
+) -> PSAConfig:
+    if preset is None:
+        return resolve_config(config, density)
+    if config is not None:
+        raise ConfigError("enable: preset and config exclude each other; give one")
+    name, _, given = preset.rpartition("/")
+    found = presets.section(name or models.section_of(target), file).get(None if given == "default" else given)
+    return found if density is None else found.replace(density=density)
+
+
+def _check(**counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{name}: {value!r} is not a whole number from 0")
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """Makes every density of a list once, so that a wrong one is told now."""
+    if isinstance(schedule.density, Sequence):
+        if not schedule.density:
+            raise ConfigError("density_schedule: an empty list")
+        for density in schedule.density:
+            if density is not None:
+                schedule.config.replace(density=density)
+    elif schedule.density is not None and not callable(schedule.density):
+        raise ConfigError(f"density_schedule: {schedule.density!r} is neither a list nor a function of (step, steps)")
+
+
+def _indices(layers: Sequence[int], names: list[str]) -> frozenset[int]:
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -len(names) <= layer < len(names):
+            raise ConfigError(f"dense_layers: {layer!r} is no index into {len(names)} layers")
+    return frozenset(layer % len(names) for layer in layers)

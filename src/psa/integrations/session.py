@@ -1,0 +1,274 @@
+"""One enabled diffusers model: what it knows of the current call, and how its attention calls are served."""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PSAConfig
+from ..errors import ConfigError, ShapeError
+from ..functional import psa_attention
+from .denoising import Schedule, StepReader
+from .layout import Layout, read_layout
+
+MASKED = -1e4
+"""An additive mask of at most this hides a token; 0 shows it. Anything between is a bias, which stays dense."""
+
+DENSE = PSAConfig(type="dense", use_rearrange=False)
+
+
+@dataclass
+class Stats:
+    """Densities by (layer, step): 0-d tensors, so that counting never waits for the device. Dense calls beside them."""
+
+    sparse: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    dense: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.sparse.clear()
+        self.dense.clear()
+
+    def values(self) -> dict[tuple[int, int], tuple[float, int, int]]:
+        """(density of the sparse calls, sparse calls, dense calls) of each layer and step. Waits for the device."""
+        out = {}
+        for key in sorted({*self.sparse, *self.dense}):
+            found = self.sparse.get(key, [])
+            density = float(torch.stack(found).mean()) if found else 1.0
+            out[key] = (density, len(found), self.dense.get(key, 0))
+        return out
+
+
+def summary(values: dict[tuple[int, int], tuple[float, int, int]]) -> dict[str, Any]:
+    """Counts and mean densities: over all sparse calls, over all calls (dense ones are 1), per layer, and per step."""
+    sparse, dense = sum(v[1] for v in values.values()), sum(v[2] for v in values.values())
+    kept = sum(v[0] * v[1] for v in values.values())
+    layers: dict[int, dict[int, float]] = {}
+    steps: dict[int, list[float]] = {}
+    for (layer, step), (density, n_sparse, n_dense) in values.items():
+        mixed = (density * n_sparse + n_dense) / (n_sparse + n_dense)
+        layers.setdefault(layer, {})[step] = mixed
+        steps.setdefault(step, []).append(mixed)
+    return {
+        "density": kept / sparse if sparse else None,
+        "overall_density": (kept + dense) / (sparse + dense) if sparse + dense else None,
+        "sparse_calls": sparse,
+        "dense_calls": dense,
+        "steps": {step: sum(found) / len(found) for step, found in sorted(steps.items())},
+        "layers": layers,
+    }
+
+
+@dataclass(eq=False)
+class Session:
+    """Settings and state of one enabled model; its processors and its hook share it, copies of the model copy it.
+
+    Attributes:
+        names: of the attention modules served, by layer index.
+        dense_frames: first and last latent frames whose tokens read and are read in full, like text.
+        layout: of the current call.
+        closed: disabled; its processors then pass everything through.
+    """
+
+    schedule: Schedule
+    reader: StepReader
+    model_name: str
+    names: list[str]
+    text_position: str | None = None
+    given_layout: Layout | None = None
+    dense_frames: tuple[int, int] = (0, 0)
+    backend: str = "auto"
+    scheduler: Any = None
+    pipeline: Any = None
+    layout: Layout | None = None
+    stats: Stats = field(default_factory=Stats)
+    closed: bool = False
+    run: int = -1
+    masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
+    processors: dict[int, Any] = field(default_factory=dict, repr=False)
+    """By layer index, weakly: the processor that serves it."""
+
+    def __post_init__(self) -> None:
+        self.id = next(_IDS)
+        SESSIONS[self.id] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The pipeline stays behind: a copied model reads its steps from the copied scheduler.
+        return {**self.__dict__, "pipeline": None, "masks": {}, "processors": {}, "stats": Stats()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        Session.__post_init__(self)
+
+    # -- before each call of the model -------------------------------------------------------------------------
+
+    def begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads step and token layout from the arguments of the model's forward."""
+        self.masks.clear()
+        layout, timestep = read_layout(model, args, kwargs, self.text_position)
+        self.layout = self.given_layout or layout
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        if pipeline is not None:
+            self.scheduler = pipeline.scheduler
+        if timestep is None:
+            raise ConfigError(f"{self.model_name}: called without a timestep, which tells the denoising step")
+        self.reader.read(timestep, self.scheduler)
+        if self.run != self.reader.run:
+            self.run = self.reader.run
+            self.stats.clear()
+            self.schedule.warn_if_never_sparse(self.reader.steps)
+
+    # -- each attention call -----------------------------------------------------------------------------------
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
+        dense: Callable[[], Tensor], parallel: Any = None, exact_ring: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Attention of one layer, by PSA or by ``dense()``.
+
+        Args:
+            q, k, v: [B, L, H, D]; under context parallelism this process's share of L.
+            mask: None, [B, L], [B, 1|H, 1, L] or [B, 1, L, L], bool or additive.
+            parallel: diffusers' ContextParallelConfig, if the sequence is split over processes.
+            exact_ring: with ring, dense calls go through PSA at level 1: the model's backend returns no lse.
+        """
+        step = self.reader.step
+        config = self.schedule.at(step, self.reader.steps, layer)
+        key_mask, plain = self._key_mask(mask, q.shape[0], k.shape[1]) if config is not None else (None, False)
+        ring = parallel is not None and parallel.ring_degree > 1
+        if config is None or self.closed or not plain:
+            self.stats.dense[layer, step] = self.stats.dense.get((layer, step), 0) + 1
+            if not (ring and exact_ring):
+                return dense()
+            config, key_mask = DENSE, None
+        if parallel is None:
+            return self._sparse(layer, config, q, k, v, scale, key_mask)
+        if key_mask is not None:
+            raise ConfigError(
+                f"{self.model_name}: context parallelism does not take padded tokens; pass prompts of one length"
+            )
+        from .parallel import distributed_attention
+
+        serve = self._ring_chunk if ring else self._all_tokens
+        return distributed_attention(q, k, v, scale, functools.partial(serve, layer, config, parallel), parallel)
+
+    def _sparse(
+        self,
+        layer: int,
+        config: PSAConfig,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """PSA on the whole sequence, [B, L, H, D]."""
+        layout = self.layout or Layout(None)
+        length = q.shape[1]
+        text = layout.text_in(length, self.model_name)
+        grid, position = layout.grid, "last" if layout.text_position == "last" else "first"
+        shift = 0
+        if any(self.dense_frames):
+            grid, text, position, shift = self._pin_frames(layout, text)
+        if shift:
+            q, k, v = (x.roll(shift, 1) for x in (q, k, v))
+            key_mask = None if key_mask is None else key_mask.roll(shift, 1)
+        out, plan = psa_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config=config, scale=scale,
+            grid=grid if config.use_rearrange else None, text_length=text, text_position=position,
+            enable_gqa=q.shape[2] != k.shape[2], key_mask=key_mask, return_plan=True, backend=self.backend,
+        )  # fmt: skip
+        self._count(layer, plan)
+        out = out.transpose(1, 2)
+        return out.roll(-shift, 1) if shift else out
+
+    def _pin_frames(self, layout: Layout, text: int) -> tuple[tuple[int, int, int], int, str, int]:
+        """Grid without the dense frames, and the roll that brings last frames, text, first frames together in front."""
+        first, last = self.dense_frames
+        if layout.grid is None:
+            raise ShapeError(f"{self.model_name}: dense frames need a grid, which this model does not tell")
+        t, h, w = layout.grid
+        if first + last >= t:
+            raise ShapeError(
+                f"{self.model_name}: {first} first and {last} last dense frames leave none of the {t} latent frames"
+            )
+        shift = last * h * w + (text if layout.text_position == "last" else 0)
+        return (t - first - last, h, w), text + (first + last) * h * w, "first", shift
+
+    def _count(self, layer: int, plan: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.stats.sparse.setdefault((layer, self.reader.step), []).append(plan.density_per_head.mean())
+
+    # -- over several processes --------------------------------------------------------------------------------
+
+    def _all_tokens(
+        self, layer: int, config: PSAConfig, parallel: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Tensor:
+        """Ulysses: every token of some heads, each process's share of text and of video one after the other."""
+        from .parallel import shares
+
+        layout, length = self.layout or Layout(None), q.shape[1]
+        text = layout.text_in(length, self.model_name)
+        if not text:
+            return self._sparse(layer, config, q, k, v, scale, None)
+        counts = (text, length - text) if layout.text_position == "first" else (length - text, text)
+        parts = [shares(count, parallel.ulysses_degree) for count in counts]
+        places = torch.arange(length, device=q.device).split([n for pair in zip(*parts, strict=True) for n in pair])
+        order = torch.cat((*places[0::2], *places[1::2]))
+        out = self._sparse(layer, config, q[:, order], k[:, order], v[:, order], scale, None)
+        return out[:, order.argsort()]
+
+    def _ring_chunk(
+        self, layer: int, config: PSAConfig, parallel: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ring: this process's queries and one process's keys; blocks are selected within the chunk."""
+        layout, world = self.layout or Layout(None), parallel.ring_degree
+        if layout.text_in(q.shape[1] * world, self.model_name):
+            raise ConfigError(f"{self.model_name}: text tokens in its self-attention; use ulysses, not ring")
+        if any(self.dense_frames):
+            raise ConfigError("dense_first_frames and dense_last_frames do not work with ring; use ulysses")
+        grid = layout.grid
+        # Whole frames per process: chunks are smaller grids. Otherwise tokens keep their order.
+        chunk = (grid[0] // world, *grid[1:]) if grid is not None and grid[0] % world == 0 else None
+        out, lse, plan = psa_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config=config, scale=scale,
+            grid=chunk if config.use_rearrange else None, return_lse=True, return_plan=True, backend=self.backend,
+        )  # fmt: skip
+        if config is not DENSE:
+            self._count(layer, plan)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    # -- masks -------------------------------------------------------------------------------------------------
+
+    def _key_mask(self, mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, bool]:
+        """(bool [B, L] or None where all tokens are real, whether the mask says no more than that)."""
+        if mask is None:
+            return None, True
+        found = self.masks.get(id(mask))
+        if found is None:
+            found = self.masks[id(mask)] = (mask, *_read_mask(mask, batch, length))
+        return found[1], found[2]
+
+
+def _read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, bool]:
+    if mask.ndim not in (2, 3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, batch):
+        return None, False
+    shown = mask if mask.dtype == torch.bool else mask > MASKED / 2
+    if mask.dtype != torch.bool and bool((shown & (mask != 0)).any()):
+        return None, False
+    if bool(shown.all()):
+        return None, True
+    rows = shown.reshape(shown.shape[0], -1, length)
+    key_mask = rows.any(1)
+    # Queries that are padding may see nothing; all others must see the same keys.
+    plain = bool(((rows == key_mask[:, None]).all(-1) | ~rows.any(-1)).all())
+    return (key_mask.expand(batch, -1), True) if plain else (None, False)
+
+
+_IDS = itertools.count()
+SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
+"""Sessions by number: compiled graphs carry a tensor [session, layer] instead of Python objects."""

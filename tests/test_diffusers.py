@@ -1,0 +1,391 @@
+"""`psa.enable` on diffusers models and pipelines: exact where it must be, reversible, step and layout read."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+import diffusers
+import tiny_checkpoints as tiny
+from tiny_models import MODELS, build
+
+import psa
+from psa.errors import ConfigError, PSAError, ShapeError
+from psa.integrations.denoising import Schedule, StepReader
+
+SMALL = dict(width=224, height=208, num_frames=17)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return tiny.make("wan21_1.3b")
+
+
+@pytest.fixture(scope="module")
+def cogvideo():
+    return tiny.make("cogvideo_5b")
+
+
+def run(pipe, steps=4, **changes):
+    pipe.set_progress_bar_config(disable=True)
+    settings = dict(
+        prompt="a cat", guidance_scale=5.0, num_inference_steps=steps, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **SMALL,
+    )  # fmt: skip
+    return pipe(**{**settings, **changes}).frames
+
+
+def same(a, b, tolerance=1e-4):
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max()
+
+
+# -- exact at density 1, sparse below, dense before and after --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_exact_at_density_1_and_sparse_below(name):
+    model, call = build(name)
+    dense = model(**call, return_dict=False)[0]
+    with psa.enable(model, density=1.0) as handle:
+        same(model(**call, return_dict=False)[0], dense)
+        layers = len(handle.sessions["transformer"].names)
+        assert layers >= 2
+        assert handle.stats["dense_calls"] == 0 and handle.stats["density"] == 1.0
+        assert len(handle.stats["models"]["transformer"]["layers"]) == layers
+    with psa.enable(model, density=0.3) as handle:
+        sparse = model(**call, return_dict=False)[0]
+        assert sparse.isfinite().all() and (sparse - dense).abs().max() > 0
+        assert handle.stats["density"] < 0.9
+        assert handle.stats["dense_calls"] == 0
+    assert torch.equal(model(**call, return_dict=False)[0], dense)
+
+
+def test_warmup_dense_last_steps_and_layers(wan):
+    options = dict(density=0.3, warmup_steps=1, dense_last_steps=2, dense_layers=[-1])
+    with psa.enable(wan, **options) as handle:
+        run(wan, steps=5)
+        stats = handle.stats
+    layers = stats["models"]["transformer"]["layers"]
+    assert [layers[0][s] < 1 for s in range(5)] == [False, True, True, False, False]
+    assert all(density == 1 for density in layers[1].values())
+    assert stats["sparse_calls"] == 2 * 2  # two steps, two passes of guidance
+    assert stats["dense_calls"] == 5 * 2 * 2 - 4
+
+
+def test_density_schedule(wan):
+    with psa.enable(wan, density_schedule=[None, 0.6, 0.3]) as handle:
+        run(wan, steps=3)
+        steps = handle.stats["steps"]
+    assert steps[0] == 1.0
+    assert steps[1] == pytest.approx(0.6, abs=0.1) and steps[2] == pytest.approx(0.3, abs=0.1)
+    with psa.enable(wan, density_schedule=lambda step, steps: 1 - step / steps * 0.6) as handle:
+        run(wan, steps=3)
+        assert sorted(handle.stats["steps"].values(), reverse=True) == list(handle.stats["steps"].values())
+    with pytest.raises(ConfigError, match="density"):
+        psa.enable(wan, density_schedule=[0.5, 7])
+
+
+def test_dense_frames_are_read_in_full(wan, cogvideo):
+    for pipe in (wan, cogvideo):
+        with psa.enable(pipe, density=0.2) as handle:
+            run(pipe, steps=1)
+            plain = handle.stats["density"]
+        with psa.enable(pipe, density=0.2, dense_first_frames=1, dense_last_frames=1) as handle:
+            run(pipe, steps=1)
+            assert handle.stats["density"] > max(plain, 0.5)
+        with psa.enable(pipe, density=1.0, dense_first_frames=1, dense_last_frames=1):
+            exact = run(pipe, steps=1)
+        same(exact, run(pipe, steps=1))
+    with psa.enable(wan, density=0.2, dense_first_frames=5), pytest.raises(ShapeError, match="5 latent frames"):
+        run(wan, steps=1)
+
+
+# -- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "section"),
+    [("wan21_1.3b", "Wan2.1_1.3b"), ("wan22_a14b", "Wan2.2_A14B"), ("cogvideo1.5_5b", "CogVideo1.5_5b")],
+)
+def test_presets_follow_the_model(kind, section):
+    pipe = tiny.make(kind)
+    with psa.enable(pipe, preset="psa_balanced") as handle:
+        assert handle.config == psa.presets.get(section, "psa_balanced")
+    with psa.enable(pipe, preset="Wan2.1_1.3b/psa_topk", density=0.5) as handle:
+        assert handle.config.density == 0.5 and handle.config.block_n == 32
+    with psa.enable(pipe, preset="baseline") as handle:
+        run(pipe, steps=1)
+        assert handle.stats["sparse_calls"] == 0
+    with pytest.raises(ConfigError, match="psa_balanced"):
+        psa.enable(pipe, preset="psa_balnced")
+
+
+def test_fewer_steps_than_warmup_warns(wan):
+    with psa.enable(wan, preset="default"), pytest.warns(UserWarning, match="PSA never ran"):
+        run(wan, steps=2)
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_two_experts_repeated_and_interrupted_runs():
+    pipe = tiny.make("wan22_a14b")
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+        return tensors
+
+    with psa.enable(pipe, density=0.3, warmup_steps=2) as handle:
+        for steps in (5, 4):
+            run(pipe, steps=steps)
+            models = handle.stats["models"]
+            seen = sorted(s for m in models.values() for s in m["steps"])
+            assert seen == list(range(steps))
+            assert models["transformer"]["steps"] and models["transformer_2"]["steps"]
+            assert handle.stats["dense_calls"] == 2 * 2 * 2
+            run(pipe, steps=5, callback_on_step_end=stop)
+            assert handle.stats["steps"] == {0: 1.0, 1: 1.0}
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_steps_for_any_spacing(cogvideo, name, spacing):
+    old = cogvideo.scheduler
+    cogvideo.scheduler = getattr(diffusers, name).from_config(old.config, timestep_spacing=spacing)
+    try:
+        with psa.enable(cogvideo, density=0.3, warmup_steps=1) as handle:
+            run(cogvideo, steps=3)
+            steps = handle.stats["steps"]
+    finally:
+        cogvideo.scheduler = old
+    assert list(steps) == [0, 1, 2] and steps[0] == 1.0 > steps[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 1e-3])
+def test_steps_survive_rounding_and_scaling(dtype, factor):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(50)
+    reader = StepReader()
+    for _ in range(2):
+        scheduler.set_timesteps(50)
+        sample = torch.zeros(1)
+        for i, t in enumerate(scheduler.timesteps):
+            sent = t.expand(2).to(dtype) * factor
+            for _ in range(2):
+                assert reader.read(sent, scheduler) == i
+            sample = scheduler.step(torch.zeros(1), t, sample).prev_sample
+    assert reader.steps == 50 and reader.run == 2
+
+
+def test_steps_without_a_scheduler():
+    reader = StepReader()
+    times = [torch.tensor(t) for t in (999, 999, 500, 500, 1, 1, 999, 500, 999, 999, 500)]
+    assert [reader.read(t) for t in times] == [0, 0, 1, 1, 2, 2, 0, 1, 0, 0, 1]
+    assert reader.steps is None
+    # Image-to-video marks the tokens of a clean first frame with 0.
+    assert reader.read(torch.tensor([[0, 0, 500, 500]])) == 1
+
+
+def test_dense_last_steps_need_the_pipeline(wan):
+    model, call = build("wan")
+    with psa.enable(model, density=0.3, dense_last_steps=1), pytest.raises(ConfigError, match="on the pipeline"):
+        model(**call)
+    assert Schedule(psa.PSAConfig(), dense_last_steps=1).at(3, 4, 0) is None
+
+
+# -- layout ----------------------------------------------------------------------------------------------------------
+
+
+def test_layout_is_read_and_checked():
+    from psa.integrations.layout import Layout
+
+    expected = {
+        "wan": ((4, 12, 13), 0), "cogvideox": ((4, 12, 13), 16), "cogvideox1.5": ((3, 12, 13), 16),
+        "hunyuan": ((4, 12, 13), 16), "ltx": ((4, 12, 13), 0), "flux": ((1, 24, 26), 16), "qwen": ((1, 24, 26), 16),
+    }  # fmt: skip
+    for name, (grid, text) in expected.items():
+        model, call = build(name)
+        with psa.enable(model, density=0.4) as handle:
+            model(**call)
+            layout = handle.sessions["transformer"].layout
+        length = grid[0] * grid[1] * grid[2] + text
+        assert layout.grid == grid and layout.text_in(length, name) == text, name
+    with pytest.raises(ShapeError, match=r"4×12×13 = 624 video \+ 16 text tokens .* sequence of 700"):
+        Layout((4, 12, 13), "first", 16).text_in(700, "Model")
+    with pytest.raises(ShapeError, match="text_position='first' or 'last'"):
+        Layout((4, 12, 13), None, 16).text_in(640, "Model")
+
+
+def test_cross_attention_stays_dense_even_at_equal_lengths(wan):
+    with psa.enable(wan, density=0.3) as handle:
+        assert all("attn2" not in name for name in handle.sessions["transformer"].names)
+
+
+# -- living with diffusers -------------------------------------------------------------------------------------------
+
+
+def test_second_enable_needs_replace_and_nests(wan):
+    dense = run(wan, steps=2)
+    with psa.enable(wan, density=0.2) as outer:
+        sparse = run(wan, steps=2)
+        with pytest.raises(ConfigError, match="replace=True"):
+            psa.enable(wan, density=0.4)
+        with psa.enable(wan, density=1.0, replace=True):
+            same(run(wan, steps=2), dense)
+        assert torch.equal(run(wan, steps=2), sparse)
+        assert outer.stats["sparse_calls"] == 2 * 2 * 2
+    assert torch.equal(run(wan, steps=2), dense)
+    # Any order of ends works.
+    first = psa.enable(wan, density=0.2)
+    second = psa.enable(wan, density=1.0, replace=True)
+    first.disable()
+    same(run(wan, steps=2), dense)
+    second.disable()
+    second.disable()
+    assert type(wan.transformer.blocks[0].attn1.processor) is type(wan.transformer.blocks[0].attn2.processor)
+
+
+def test_two_pipelines_at_once(wan, cogvideo):
+    a, b = run(wan, steps=1), run(cogvideo, steps=1)
+    with psa.enable(wan, density=1.0) as one, psa.enable(cogvideo, density=0.3) as other:
+        same(run(wan, steps=1), a)
+        assert not torch.equal(run(cogvideo, steps=1), b)
+        assert one.stats["density"] == 1.0 > other.stats["density"]
+    assert torch.equal(run(wan, steps=1), a) and torch.equal(run(cogvideo, steps=1), b)
+
+
+@pytest.mark.parametrize("kind", ["wan21_1.3b", "cogvideo_5b"])
+def test_enabled_pipelines_can_be_copied_pickled_and_saved(kind, tmp_path):
+    pipe = tiny.make(kind)
+    plain = run(pipe, steps=2)
+    with psa.enable(pipe, density=0.3, warmup_steps=1):
+        expected = run(pipe, steps=2)
+        twin = copy.deepcopy(pipe)
+        thawed = pickle.loads(pickle.dumps(pipe.transformer))
+        buffer = io.BytesIO()
+        torch.save(pipe.transformer, buffer)
+        pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(pipe, steps=2), plain)
+    assert torch.equal(run(twin, steps=2), expected)  # a copy keeps its own PSA
+    pipe.transformer = thawed
+    with psa.enable(pipe, density=1.0, replace=True):
+        same(run(pipe, steps=2), plain)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    same(run(loaded, steps=2), plain)
+
+
+def test_an_enabled_pipeline_is_freed_when_dropped():
+    import gc
+    import weakref
+
+    pipe = tiny.make("wan21_1.3b")
+    psa.enable(pipe, density=0.3)
+    run(pipe, steps=1)
+    gc.collect()
+    gone = weakref.ref(pipe.transformer)
+    pipe = None
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kind", ["wan21_1.3b", "cogvideo_5b"])
+def test_fused_projections_before_and_after(kind):
+    pipe = tiny.make(kind)
+    dense = run(pipe, steps=1)
+    with psa.enable(pipe, density=1.0) as handle:
+        pipe.transformer.fuse_qkv_projections()
+        same(run(pipe, steps=1), dense)
+        assert handle.stats["sparse_calls"] > 0
+    same(run(pipe, steps=1), dense)
+    with psa.enable(pipe, density=1.0) as handle:
+        same(run(pipe, steps=1), dense)
+        assert handle.stats["sparse_calls"] > 0
+
+
+def test_set_attention_backend_chooses_the_dense_steps(wan):
+    plain = run(wan, steps=2)
+    with psa.enable(wan, density=0.3, warmup_steps=1) as handle:
+        expected = run(wan, steps=2)
+        wan.transformer.set_attention_backend("_native_math")
+        same(run(wan, steps=2), expected)
+        assert handle.stats["sparse_calls"] == 4
+        wan.transformer.reset_attention_backend()
+    dispatch = diffusers.models.attention_dispatch
+    dispatch._AttentionBackendRegistry._active_backend = (
+        dispatch.AttentionBackendName.NATIVE
+    )  # which reset leaves behind
+    assert torch.equal(run(wan, steps=2), plain)
+
+
+def test_cpu_offload_hooks_and_layerwise_casting():
+    pipe = tiny.make("wan21_1.3b")
+    dense = run(pipe, steps=1)
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    add_hook_to_module(pipe.transformer, CpuOffload(execution_device="cpu"))
+    with psa.enable(pipe, density=1.0) as handle:
+        same(run(pipe, steps=1), dense)
+        assert handle.stats["sparse_calls"] > 0
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
+def test_compiled_transformers(name, how):
+    if how == "blocks" and name == "cogvideox":
+        pytest.skip("diffusers lists no repeated blocks for CogVideoX")
+    model, call = build(name)
+    torch._dynamo.reset()
+    with psa.enable(model, density=0.4):
+        expected = model(**call, return_dict=False)[0]
+        compiled = model
+        if how == "wrapper":
+            compiled = torch.compile(model, backend="aot_eager")
+        elif how == "in place":
+            model.compile(backend="aot_eager")
+        else:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        same(compiled(**call, return_dict=False)[0], expected)
+    if how == "wrapper":
+        with psa.enable(compiled, density=0.4) as handle:
+            same(compiled(**call, return_dict=False)[0], expected)
+            assert handle.stats["sparse_calls"] > 0
+
+
+def test_gradients_flow_through_an_enabled_model():
+    with torch.inference_mode(False):
+        model, call = build("wan")
+        call["hidden_states"] = call["hidden_states"].clone().requires_grad_()
+        with psa.enable(model, density=1.0):
+            model(**call, return_dict=False)[0].square().sum().backward()
+        grad, call["hidden_states"].grad = call["hidden_states"].grad, None
+        model(**call, return_dict=False)[0].square().sum().backward()
+    same(grad, call["hidden_states"].grad, 1e-3)
+
+
+def test_what_cannot_be_served_is_refused():
+    with pytest.raises(ConfigError, match="expected a diffusers pipeline"):
+        psa.enable(torch.nn.Linear(2, 2))
+    model, _ = build("wan")
+    for options in ({"warmup_steps": -1}, {"dense_layers": [9]}, {"text_position": "middle"}, {"density": 2.0}):
+        with pytest.raises(ConfigError):
+            psa.enable(model, **options)
+    with pytest.raises(PSAError, match="no transformer"):
+        psa.enable(tiny.make("wan21_1.3b").vae, density=0.5)
+
+
+def test_import_stays_light():
+    import subprocess
+    import sys
+
+    code = "import psa, sys; assert not {'diffusers', 'transformers'} & set(sys.modules); psa.enable"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,405 @@
+"""PSA behind transformers' attention interface: exact where everything is kept, and each row what it gets alone."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="4.57")
+
+import tiny_lm
+from tiny_lm import text_model
+
+import psa
+from psa.integrations import transformers as integration
+from psa.integrations.prefill import Prefill, RealTokens, psa_mask
+from psa.integrations.transformers import enable_model, supports
+
+SMALL = {"block_m": 16, "block_n": 16}
+EXACT = psa.PSAConfig(**SMALL, mask_mode="topk", mask_ratios={1: (0.0, 1.0)})
+SPARSE = psa.PSAConfig(**SMALL, density=0.4)
+TOPK = psa.PSAConfig(**SMALL, mask_ratios={1: (0.0, 0.3), 2: (0.3, 0.5), 4: (0.5, 0.8), 0: (0.8, 1.0)})
+VLMS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "internvl")
+TEXT = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "deepseek")
+LOCAL = ("mistral", "gemma2", "gemma3", "gpt_oss")
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 140, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 3e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+@torch.no_grad()
+def logits(model, **inputs) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return text_model("llama")
+
+
+# -- exact where everything is kept ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_density_one_equals_dense_with_padding(kind):
+    model, ids = text_model(kind), tokens(3, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :37], mask[1, -20:] = 0, 0
+    mask[2, 40:60] = 0  # padding inside a row
+    dense = logits(model, input_ids=ids, attention_mask=mask)
+    with enable_model(model, config=EXACT, min_queries=32) as handle:
+        close(logits(model, input_ids=ids, attention_mask=mask)[mask.bool()], dense[mask.bool()])
+        assert handle.stats["density"] == pytest.approx(1.0)
+        assert all(layer["sparse_calls"] == 3 for layer in handle.stats["layers"].values())
+    assert torch.equal(logits(model, input_ids=ids, attention_mask=mask), dense)
+
+
+@pytest.mark.parametrize("kind", VLMS)
+def test_vision_language_models(kind):
+    model, inputs = tiny_lm.vision_language(kind)
+    dense = logits(model, **inputs)
+    with enable_model(model, config=EXACT, min_queries=32) as handle:
+        assert model.config.text_config._attn_implementation == "psa"
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        close(logits(model, **inputs), dense)
+        assert set(handle.stats["layers"]) == {0, 1} and handle.stats["density"] == pytest.approx(1.0)
+    with enable_model(model, config=SPARSE, min_queries=32) as handle:
+        assert (logits(model, **inputs) - dense).abs().max() > 1e-3
+        assert handle.stats["density"] < 0.7
+        known = {k: v for k, v in inputs.items() if k in inspect.signature(model.forward).parameters}
+        model.generate(**known, max_new_tokens=3, do_sample=False)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, **inputs), dense)
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_what_psa_does_not_compute_stays_exactly_as_it_was(kind):
+    """Sliding windows, soft caps and attention sinks."""
+    model, ids = text_model(kind), tokens(2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    dense = logits(model, input_ids=ids, attention_mask=mask)
+    with enable_model(model, config=SPARSE, min_queries=32) as handle:
+        assert torch.equal(logits(model, input_ids=ids, attention_mask=mask)[mask.bool()], dense[mask.bool()])
+        assert handle.stats["density"] is None
+
+
+def test_full_layers_between_sliding_ones_are_sparse():
+    kinds = ["sliding_attention", "full_attention"]
+    model, ids = text_model("gemma3", layer_types=kinds), tokens(1, 150)
+    dense = logits(model, input_ids=ids)
+    with enable_model(model, config=EXACT, min_queries=32) as handle:
+        close(logits(model, input_ids=ids), dense)
+        calls = [(layer["sparse_calls"], layer["dense_calls"]) for layer in handle.stats["layers"].values()]
+        assert calls == [(0, 1), (1, 0)]
+
+
+def test_packed_sequences_and_own_masks_stay_dense(llama):
+    ids = tokens(1, 120)
+    positions = torch.cat((torch.arange(50), torch.arange(70)))[None]
+    lower = torch.ones(1, 1, 120, 120, dtype=torch.bool).tril(3)
+    for inputs in ({"position_ids": positions, "use_cache": False}, {"attention_mask": lower}):
+        dense = logits(llama, input_ids=ids, **inputs)
+        with enable_model(llama, config=SPARSE, min_queries=32):
+            assert torch.equal(logits(llama, input_ids=ids, **inputs), dense)
+
+
+# -- each row what it gets alone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", (SPARSE, TOPK), ids=("proportional", "topk"))
+@pytest.mark.parametrize("side", ("left", "right", "both"))
+def test_padded_rows_equal_rows_alone(llama, config, side):
+    lengths, total = (150, 97, 33, 20), 160
+    ids, mask = torch.zeros(4, total, dtype=torch.long), torch.zeros(4, total, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        start = {"left": total - n, "right": 0, "both": (total - n) // 2}[side]
+        ids[b, start : start + n], mask[b, start : start + n] = tokens(1, n, seed=b)[0], 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with enable_model(llama, config=config, min_queries=32):
+        together = logits(llama, input_ids=ids, attention_mask=mask, position_ids=positions)
+        for b, n in enumerate(lengths):
+            alone = logits(llama, input_ids=tokens(1, n, seed=b))[0]
+            close(together[b, mask[b].bool()], alone)
+
+
+def test_batch_of_videos_with_padding_equals_each_alone():
+    model = tiny_lm.qwen_vl()
+    short, long = tiny_lm.qwen_inputs((2, 16, 16), before=3, after=4), tiny_lm.qwen_inputs((2, 16, 16), after=21)
+    total = long["input_ids"].shape[1]
+    batch = {}
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        fill = torch.zeros(1, total - short[key].shape[1], dtype=torch.long)
+        batch[key] = torch.cat((torch.cat((fill, short[key]), 1), long[key]))
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        batch[key] = torch.cat((short[key], long[key]))
+    with enable_model(model, config=SPARSE, min_queries=32) as handle:
+        together = logits(model, **batch)
+        assert handle.prefill.trailing == [5, 22]  # the end-of-vision token is text too
+        close(together[0, -short["input_ids"].shape[1] :], logits(model, **short)[0])
+        close(together[1], logits(model, **long)[0])
+
+
+def test_real_tokens_are_runs_or_indices():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    rows = RealTokens.read(mask).rows
+    assert rows[0] == slice(1, 3) and rows[1].tolist() == [0, 2, 3] and rows[2] == slice(0, 0)
+    assert RealTokens.read(torch.ones(2, 5, dtype=torch.bool)).rows is None
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", (EXACT, TOPK), ids=("exact", "topk"))
+def test_chunked_prefill_equals_one_shot(llama, config):
+    ids = tokens(2, 256)
+    with enable_model(llama, config=config, min_queries=32):
+        whole = logits(llama, input_ids=ids)
+        cache, parts = None, []
+        for chunk in ids.split(64, dim=1):
+            with torch.no_grad():
+                out = llama(input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    close(torch.cat(parts, 1), whole)
+
+
+def test_chunked_prefill_with_padding(llama):
+    ids, mask = tokens(2, 192), torch.ones(2, 192, dtype=torch.long)
+    mask[0, :70] = 0
+    dense = logits(llama, input_ids=ids, attention_mask=mask)
+    with enable_model(llama, config=EXACT, min_queries=32):
+        cache, parts = None, []
+        for start in range(0, 192, 64):
+            stop = start + 64
+            with torch.no_grad():
+                out = llama(
+                    input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
+                )
+            cache = out.past_key_values
+            parts.append(out.logits)
+    close(torch.cat(parts, 1)[mask.bool()], dense[mask.bool()], 1e-4)
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 5},
+    "static": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 48},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 4, "eos_token_id": 159},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+def test_generate(llama, mode):
+    batch = 1 if mode == "lookup" else 2
+    ids = tokens(batch, 120)
+    mask = torch.ones_like(ids)
+    if batch == 2:
+        mask[0, :30] = 0
+    call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, **GENERATION[mode]}
+    torch.manual_seed(0)
+    dense = llama.generate(**call)
+    with enable_model(llama, config=EXACT, min_queries=32) as handle:
+        torch.manual_seed(0)
+        assert torch.equal(llama.generate(**call), dense)
+        assert handle.stats["density"] == pytest.approx(1.0)
+        assert handle.stats["layers"][0]["dense_calls"] > 0
+
+
+def test_static_cache_holds_more_than_the_prompt(llama):
+    from transformers import StaticCache
+
+    ids = tokens(1, 100)
+    dense = logits(llama, input_ids=ids)
+    with enable_model(llama, config=EXACT, min_queries=32):
+        cache = StaticCache(config=llama.config, max_cache_len=160)
+        steps = []
+        for start, stop in ((0, 50), (50, 99), (99, 100)):
+            with torch.no_grad():
+                steps.append(llama(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(steps, 1), dense, 1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_on_a_static_cache(llama):
+    model = copy.deepcopy(llama)
+    ids = tokens(1, 100)
+    call = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False}
+    dense = model.generate(**call)
+    with enable_model(model, config=EXACT, min_queries=32):
+        model.forward = torch.compile(model.forward)
+        assert torch.equal(model.generate(**call, cache_implementation="static", disable_compile=True), dense)
+
+
+def test_mask_keeps_two_dimensions():
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    def call(length_q, length_k, offset=0, function=causal_mask_function, mask=None, **rest):
+        call = {"batch_size": 2, "kv_length": length_k, "kv_offset": 0, "mask_function": function}
+        if "cache_position" in _mask_arguments():
+            call["cache_position"] = torch.arange(offset, offset + length_q)
+        else:
+            call |= {"q_length": length_q, "q_offset": offset}
+        return psa_mask(**call, **rest, attention_mask=mask)
+
+    full = torch.ones(2, 40, dtype=torch.bool)
+    assert call(40, 40) is None and call(40, 40, mask=full) is None and call(10, 40, 30, mask=full) is None
+    assert call(40, 64, mask=full).shape == (2, 40)
+    padded = full.clone()
+    padded[0, :3] = False
+    assert torch.equal(call(40, 40, mask=padded), padded)
+    assert call(40, 40, function=sliding_window_causal_mask_function(8), local_size=8).shape == (2, 1, 40, 40)
+
+
+def _mask_arguments():
+    from transformers.masking_utils import sdpa_mask
+
+    return inspect.signature(sdpa_mask).parameters
+
+
+# -- trailing text and vision ----------------------------------------------------------------------------------------
+
+
+def test_trailing_text_reads_everything():
+    model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((2, 16, 16), after=40)
+    plans = []
+    original = psa.functional.psa_attention
+
+    def watch(*args, **kwargs):
+        out, plan = original(*args, **kwargs)
+        plans.append(plan)
+        return out, plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psa.integrations.prefill.psa_attention", watch)
+        with enable_model(model, config=SPARSE, min_queries=32):
+            logits(model, **inputs)
+    plan = plans[0]
+    total = inputs["input_ids"].shape[1]
+    assert plan.text == (41, "last")
+    first_text_block = (total - 41) // 16
+    visible = torch.ones(plan.levels.shape[-2:], dtype=torch.bool).tril()
+    assert bool((plan.levels[..., first_text_block:, :][..., visible[first_text_block:]] == 1).all())
+    assert bool((plan.levels[..., 0] == 1).all())
+    assert bool((plan.levels.diagonal(dim1=-2, dim2=-1) == 1).all())
+    assert bool((plan.levels > 1).any())
+
+
+def test_text_behind_an_earlier_chunks_video_is_trailing_too():
+    prefill = Prefill(SPARSE, min_queries=4)
+    hook = integration.TrailingText(prefill, (tiny_lm.VIDEO,))
+    video, text = torch.tensor([[5, *[tiny_lm.VIDEO] * 6, 7]]), torch.tensor([[8] * 6])
+
+    class Cache:
+        length = 0
+
+        def get_seq_length(self):
+            return self.length
+
+    cache, module = Cache(), torch.nn.Identity()
+    hook(module, (), {"input_ids": text, "past_key_values": cache})
+    assert prefill.trailing == [0]
+    hook(module, (), {"input_ids": video, "past_key_values": cache})
+    assert prefill.trailing == [1]
+    cache.length = 8
+    hook(module, (), {"input_ids": text, "past_key_values": cache})
+    assert prefill.trailing == [6]
+
+
+def test_vision_tower_on_request():
+    model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((1, 16, 16))
+    dense = logits(model, **inputs)
+    with enable_model(model, config=EXACT, min_queries=32, vision=True) as handle:
+        assert model.config.vision_config._attn_implementation == "psa"
+        close(logits(model, **inputs), dense)
+        assert any(layer["sparse_calls"] for layer in handle.stats["layers"].values())
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_gradients_through_a_sparse_prefill(llama):
+    ids = tokens(1, 96)
+    with enable_model(llama, config=EXACT, min_queries=32):
+        embeddings = llama.get_input_embeddings()(ids).detach().requires_grad_()
+        llama(inputs_embeds=embeddings).logits.square().mean().backward()
+    sparse, embeddings.grad = embeddings.grad, None
+    embeddings = embeddings.detach().requires_grad_()
+    llama(inputs_embeds=embeddings).logits.square().mean().backward()
+    llama.zero_grad()
+    close(sparse, embeddings.grad, 1e-4)
+
+
+# -- the handle ------------------------------------------------------------------------------------------------------
+
+
+def test_presets_density_and_errors(llama):
+    with enable_model(llama) as handle:
+        assert handle.config == psa.presets.get("qwen2.5-vl", "psa_balanced")
+    with enable_model(llama, density=0.3) as handle:
+        assert handle.config.density == 0.3 and handle.config.mask_mode == "proportional"
+    with enable_model(llama, preset="psa_balanced", density=0.3) as handle:
+        assert handle.config.importance == "antidiagonal" and handle.config.density == 0.3
+    dense = logits(llama, input_ids=tokens(1, 300))
+    with enable_model(llama, preset="baseline") as handle:
+        assert torch.equal(logits(llama, input_ids=tokens(1, 300)), dense) and handle.stats["density"] is None
+    for wrong in (
+        {"preset": "psa_balance"},
+        {"min_queries": 0},
+        {"text_length": -1},
+        {"preset": "psa_balanced", "config": SPARSE},
+        {"density": 2.0},
+    ):
+        with pytest.raises(psa.ConfigError):
+            enable_model(llama, **wrong)
+    with pytest.raises(psa.ConfigError, match="Linear"):
+        enable_model(torch.nn.Linear(2, 2))
+    assert llama.config._attn_implementation == "sdpa"
+    assert supports(llama) and not supports(torch.nn.Linear(2, 2)) and not supports("text")
+
+
+def test_nested_handles_and_two_models(llama):
+    other, ids = text_model("qwen2"), tokens(1, 100)
+    dense, other_dense = logits(llama, input_ids=ids), logits(other, input_ids=ids)
+    with enable_model(llama, config=SPARSE, min_queries=32):
+        sparse = logits(llama, input_ids=ids)
+        assert torch.equal(logits(other, input_ids=ids), other_dense)
+        with enable_model(llama, config=EXACT, min_queries=32) as inner, enable_model(other, config=EXACT):
+            close(logits(llama, input_ids=ids), dense)
+            assert "LlamaForCausalLM: 2 layers" in repr(inner)
+        assert torch.equal(logits(llama, input_ids=ids), sparse)
+    assert torch.equal(logits(llama, input_ids=ids), dense)
+    assert not any(hasattr(module, "_psa") for module in llama.modules()) and not llama._forward_pre_hooks
+
+
+def test_selected_by_name_alone():
+    """``attn_implementation="psa"`` without a handle runs the default preset."""
+    integration.register()
+    model = text_model("llama", attn_implementation="psa")
+    model.set_attn_implementation("psa")
+    assert logits(model, input_ids=tokens(1, 300)).isfinite().all()
+
+
+def test_enabled_models_can_be_copied_and_saved(llama, tmp_path):
+    ids = tokens(1, 100)
+    with enable_model(llama, config=SPARSE, min_queries=32) as handle:
+        sparse = logits(llama, input_ids=ids)
+        twin = copy.deepcopy(llama)
+        handle.disable()
+        assert torch.equal(logits(twin, input_ids=ids), sparse)
+        torch.save(twin, tmp_path / "model.pt")
+        twin.save_pretrained(tmp_path)
+    assert "psa" not in (tmp_path / "config.json").read_text()
+
+
+def test_half_precision(llama):
+    model, ids = copy.deepcopy(llama).to(torch.bfloat16), tokens(1, 100)
+    with enable_model(model, config=EXACT, min_queries=32):
+        out = logits(model, input_ids=ids)
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
