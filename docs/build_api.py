@@ -40,7 +40,7 @@ def members(item: type) -> list[tuple[str, object]]:
     found = []
     for name, value in vars(item).items():
         inner = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if not name.startswith("_") and inspect.getdoc(inner) and (callable(inner) or isinstance(inner, property)):
+        if not name.startswith("_") and inner.__doc__ and (callable(inner) or isinstance(inner, property)):
             found.append((name, inner))
     return found
 
