@@ -1,6 +1,6 @@
 """Writes the API pages from the docstrings of what `psa` exports.
 
-    python docs/build_api.py
+python docs/build_api.py
 """
 
 import inspect
