@@ -161,6 +161,8 @@ def calibration_picture(rows: list[Row]) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "psa"
+
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     group = [row for row in targets(rows) if row["kept"] < 1]
     for axis, name in zip(axes, ("target", "reported"), strict=True):
