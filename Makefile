@@ -45,6 +45,7 @@ bench: setup
 
 docs: setup
 	$(RUN)/python benchmarks/render.py
+	$(RUN)/python docs/build_api.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis outputs
