@@ -4,7 +4,7 @@ Candidates differ in how importance becomes levels (exponent, dropping or not), 
 whether the slope correction is added. A head's choice is a row of a table, so everything here stays on the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,6 +86,8 @@ class Layer:
     scale: float
     is_causal: bool
     key_mask: Tensor | None
+    device_levels: Callable[..., Tensor] | None = None
+    """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
     def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
         """Squared errors [B, H, S, C] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
@@ -143,7 +145,13 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
     """Levels, and the shares of the slope correction, that a choice means for every head."""
-    levels = allocate(layer, layer.importance, layer.mask, choice)
+    if layer.device_levels is None:
+        levels = allocate(layer, layer.importance, layer.mask, choice)
+    else:
+        exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)
+        keep = _table([float(c.keep_all) for c in CANDIDATES], choice.candidate)
+        settings = torch.stack([exponents, keep, choice.density.expand_as(exponents)], dim=-1)
+        levels = layer.device_levels(layer.importance, settings=settings)
     slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
     return levels, slope_shares(layer.importance, levels, slope)
 

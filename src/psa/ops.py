@@ -4,12 +4,14 @@
 kernel and a rule for ``torch.func.vmap``.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .allocate import allocate_levels, block_mask, similarity_cap
 from .auto import Choice, Layer, select_auto, slope_shares
-from .backends import choose
+from .backends import choose, planner
 from .backends.base import Selection
 from .config import PSAConfig
 from .importance import importance, measured_mass
@@ -46,7 +48,9 @@ def select(
     """
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
-    if q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
+    device = None if 0 in (*q.shape, *k.shape) else planner(q, k, config)
+    split = device is None or config.mask_mode == "auto"
+    if split and q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
         settings = (config_key, scale, is_causal, text_length, text_position)
         return _select_by_head(q, k, v, given, key_mask, choice, *settings)
     mask = block_mask(
@@ -61,6 +65,7 @@ def select(
         device=q.device,
     )
     shape = (q.shape[0], q.shape[1], _blocks(q.shape[2], config.block_m), _blocks(k.shape[2], config.block_n))
+    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position, "key_mask": key_mask}
     none, none_half = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float16)
     if config.type == "dense" or 0 in (*shape, q.shape[2]):
         levels = torch.ones(shape, dtype=torch.uint8, device=q.device)
@@ -70,28 +75,35 @@ def select(
     if config.bias == "measured":
         measured, ratio = measured_mass(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
         scored = measured if scored is None else scored
+    elif scored is None and device is not None:
+        scored = device.plan_importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
     elif scored is None:
         scored = importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
     scored = scored.expand(shape)
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     if config.mask_mode == "auto":
-        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask)
+        allocate = None if device is None else partial(device.plan_levels, q, k, config, caps=cap, **where)
+        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
         return levels, q.float().square().mean(2), caps.contiguous(), none_half, shares, facts
-    levels = allocate_levels(
-        scored,
-        mask_mode=str(config.mask_mode),
-        mask_ratios=config.mask_ratios,
-        density=config.density,
-        block_n=config.block_n,
-        tau=config.tau,
-        exponent=config.exponent,
-        rank_exponent=config.rank_exponent,
-        keep_all=config.keep_all,
-        share_heads=config.share_heads,
-        cap=cap,
-        mask=mask,
+    levels = (
+        device.plan_levels(q, k, config, scored, caps=cap, **where)
+        if device is not None
+        else allocate_levels(
+            scored,
+            mask_mode=str(config.mask_mode),
+            mask_ratios=config.mask_ratios,
+            density=config.density,
+            block_n=config.block_n,
+            tau=config.tau,
+            exponent=config.exponent,
+            rank_exponent=config.rank_exponent,
+            keep_all=config.keep_all,
+            share_heads=config.share_heads,
+            cap=cap,
+            mask=mask,
+        )
     )
     power, caps = none, none.clone()
     if config.bias == "variance":

@@ -8,6 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..config import PSAConfig
 from ..errors import BackendError
 from .base import Selection
 
@@ -45,6 +46,14 @@ def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> 
             _announce(candidate, q.device.type)
             return load(candidate)
     raise BackendError("no backend can serve this call")
+
+
+def planner(q: Tensor, k: Tensor, config: PSAConfig) -> ModuleType | None:
+    """The backend whose own kernels plan this call, on the device of q; None: torch does."""
+    if not q.is_cuda:
+        return None
+    backend = load("triton")
+    return None if backend.planning_reasons(q, k, config) else backend
 
 
 @lru_cache

@@ -1,0 +1,138 @@
+"""The GPU backend: Triton kernels for every option of the method. Importing this package never needs Triton.
+
+pool → every level of K and V, in one launch
+schedule → each query block's list, in one launch
+select → levels from q and k, in four launches (pool, importance, budget, levels)
+forward, backward → attention over the listed rows, and its gradients
+"""
+
+import os
+import re
+from functools import lru_cache
+from importlib import metadata, util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import MAX_LEVEL, PSAConfig
+from ..base import Selection
+
+LARGEST_ROW = 32768
+OLDEST = (3, 4)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as in tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@lru_cache
+def _package_reasons() -> tuple[str, ...]:
+    if util.find_spec("triton") is None:
+        return ("Triton is not installed (pip install triton; it comes with PyTorch for CUDA)",)
+    version = metadata.version("triton")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return (f"Triton {version} is too old; {OLDEST[0]}.{OLDEST[1]} or newer is needed",)
+    return ()
+
+
+def device_reasons() -> list[str]:
+    """Why this machine cannot run the kernels; empty where it can."""
+    reasons = list(_package_reasons())
+    if not torch.cuda.is_available() and not interpreted():
+        reasons.append("PyTorch sees no CUDA device")
+    return reasons
+
+
+def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> list[str]:
+    """Why this call cannot be served; empty where it can."""
+    reasons = list(_package_reasons())
+    if not q.is_cuda and not interpreted():
+        reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
+    if not (q.dtype == k.dtype == v.dtype):
+        reasons.append(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[-1] > 256:
+        reasons.append(f"head dimension {q.shape[-1]} is above 256")
+    if v.shape[-1] != q.shape[-1]:
+        reasons.append(f"q and v must share a head dimension, got {q.shape[-1]} and {v.shape[-1]}")
+    if selection.block_m % 16:
+        reasons.append(f"block_m {selection.block_m} is not a multiple of 16")
+    if selection.block_n < 16 or selection.block_n & (selection.block_n - 1):
+        reasons.append(f"block_n {selection.block_n} is not a power of two from 16 on")
+    if selection.scale <= 0:
+        reasons.append(f"scale {selection.scale} is not positive")
+    if 2 * (k.shape[-2] + selection.block_n) * k.shape[-1] >= 2**31:
+        reasons.append(f"{k.shape[-2]} tokens of {k.shape[-1]} channels pass 2**30 elements in one head")
+    return reasons
+
+
+def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
+    """Why the selection kernels cannot plan this call; empty where they can."""
+    reasons = list(_package_reasons())
+    if not q.is_cuda and not interpreted():
+        reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
+    if q.numel() == 0 or k.numel() == 0:
+        reasons.append("nothing to select from")
+    if config.importance != "pooled":
+        reasons.append(f"importance {config.importance!r} has no kernel, only 'pooled' does")
+    if config.bias == "measured":
+        reasons.append("the measured bias has no kernel")
+    if config.rank_exponent:
+        reasons.append("rank_exponent has no kernel")
+    if config.importance_cols > MAX_LEVEL:
+        reasons.append(f"means over {config.importance_cols} keys are no level of the pyramid")
+    if config.block_m // config.importance_rows > 128 or config.block_n // config.importance_cols > 128:
+        reasons.append("more than 128 pooled rows per block")
+    if -(-k.shape[2] // config.block_n) > LARGEST_ROW:
+        reasons.append(f"more than {LARGEST_ROW} KV blocks")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
+    if q.shape[-1] > 256:
+        reasons.append(f"head dimension {q.shape[-1]} is above 256")
+    return reasons
+
+
+def plan_importance(
+    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+) -> Tensor:
+    """Pooled importance of tokens in the plan's order, as :func:`psa.importance.importance` gives it; two launches."""
+    from .select import estimate
+
+    return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
+
+
+def plan_levels(q: Tensor, k: Tensor, config: PSAConfig, importance: Tensor, **options: Any) -> Tensor:
+    """Levels from importance [B, H, M, N], as :func:`psa.allocate_levels` gives them; three launches at most.
+
+    Options as in :func:`.select.select`: is_causal, text_length, text_position, key_mask, caps, settings.
+    """
+    from .select import select
+
+    return select(q, k, config, scale=1.0, given=importance, **options)[0]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq] (natural log)."""
+    from .attend import forward as run
+
+    return run(q, k, v, selection)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: Selection,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v. Deterministic: no atomics."""
+    from .gradients import backward as run
+
+    return run(grad_out, grad_lse, q, k, v, out, lse, selection)

@@ -1,0 +1,127 @@
+"""Attention of query blocks over the pyramid rows that their lists name (METHOD §2), in one online softmax."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..base import Selection
+from .call import Call, prepare
+from .common import (
+    LN_2,
+    finite_softmax_update,
+    hidden_rows,
+    inside,
+    lane_bias,
+    level_offset,
+    level_table,
+    load_rows,
+    load_whole,
+    online_softmax_update,
+    query_tile,
+    rows_of_tile,
+    whole_rows,
+    whole_tiles,
+)
+
+
+@triton.jit
+def _psa_fwd_kernel(
+    q_ptr, keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, out_ptr, lse_ptr,
+    q_strides, out_strides, list_strides, bias_strides, pair_strides,
+    heads, length_q, length_k, blocks, rows, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_M query rows of one head. Grid (query tiles, B * H).
+
+    First the whole level-1 tiles, which need neither bias nor mask, then every other row of the list.
+    """
+    tile = tl.program_id(0)
+    if CAUSAL:
+        tile = tl.num_programs(0) - 1 - tile
+    head = tl.program_id(1) % heads
+    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
+    line = (tile * BLOCK_M) // block_m
+    list_line = wide_batch * list_strides[0] + wide_head * list_strides[1] + line
+    list_ptr, ends_ptr = blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS
+    kv_row = (wide_batch * (heads // GROUP) + head // GROUP) * rows
+    keys_ptr += kv_row * D
+    values_ptr += kv_row * D
+    bias_ptr += wide_batch * bias_strides[0] + wide_head * bias_strides[1]
+    if PAIR_BIAS:
+        pair_ptr += wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
+
+    query_row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = query_row + length_k - length_q
+    q_base = q_ptr + wide_batch * q_strides[0] + wide_head * q_strides[1]
+    exists = inside(tile * BLOCK_M, length_q, BLOCK_M, D, D_PAD)
+    q = tl.load(query_tile(q_base, tile * BLOCK_M, (q_strides[2], q_strides[3]), BLOCK_M, D_PAD), exists, other=0.0)
+    running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+
+    done = 0
+    if not HAS_MASK:
+        first_position = tile * BLOCK_M + length_k - length_q
+        done = whole_tiles(list_ptr, ends_ptr, first_position, length_k, CAUSAL, block_n, WHOLE_N)
+        first = whole_rows(0, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
+        for t in range(done):
+            keys = load_whole(keys_ptr, first, block_n, WHOLE_N, D, D_PAD)
+            products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+            values = load_whole(values_ptr, first, block_n, WHOLE_N, D, D_PAD)
+            first = whole_rows(t + 1, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
+            weights, shrink, running_max, running_sum = finite_softmax_update(
+                products, scale_log2, running_max, running_sum
+            )
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+
+    tile_ends, shifts, last_positions = level_table(ends_ptr, done * WHOLE_N, block_n, BLOCK_N, LEVELS)
+    level, block, row, lanes = rows_of_tile(
+        0, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS
+    )
+    for t in range(tile_ends[LEVELS - 1]):
+        at = level_offset(level, blocks, block_n) + row
+        keys = load_rows(keys_ptr, at, lanes, BLOCK_N, D, D_PAD)
+        products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        values = load_rows(values_ptr, at, lanes, BLOCK_N, D, D_PAD)
+        bias = lane_bias(
+            level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS
+        )
+        scores = products * scale_log2 + bias[None, :]
+        if CAUSAL:
+            scores = tl.where(hidden_rows(level, row, position, length_k), -float("inf"), scores)
+        level, block, row, lanes = rows_of_tile(
+            t + 1, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS
+        )
+        weights, shrink, running_max, running_sum = online_softmax_update(scores, running_max, running_sum)
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+
+    out = acc / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+    lse = tl.where(running_sum > 0, (running_max + tl.log2(tl.maximum(running_sum, 1e-30))) * LN_2, -float("inf"))
+    out_base = out_ptr + wide_batch * out_strides[0] + wide_head * out_strides[1]
+    out_tile = query_tile(out_base, tile * BLOCK_M, (out_strides[2], out_strides[3]), BLOCK_M, D_PAD)
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=exists)
+    lse_row = tl.program_id(1).to(tl.int64) * length_q + query_row
+    tl.store(lse_ptr + lse_row, lse, mask=query_row < length_q)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq] (natural log). Three launches, no sync."""
+    return attend(prepare(q, k, v, selection))
+
+
+def attend(call: Call) -> tuple[Tensor, Tensor]:
+    """The last of the three launches: attention over a pyramid and lists that are already there."""
+    q = call.q
+    batch, heads, length_q, _ = q.shape
+    out = torch.empty_like(q)
+    lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
+    launch = call.launch("forward")
+    _psa_fwd_kernel[(triton.cdiv(length_q, launch.BLOCK_M), batch * heads)](
+        q, *call.tensors(), out, lse, q.stride(), out.stride(), *call.strides(), *call.sizes(),
+        **call.constants(), **launch.options(),
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,335 @@
+"""Pooled importance on the device: one pass over the pooled keys per group of query blocks (METHOD §4c).
+
+A program owns a few query blocks. It averages their queries, multiplies them with all pooled keys once, and writes each
+block's sum of exponentials to a scratch that only it reads, relative to the running maximum of that moment. The true
+maximum and denominator are known at the end of the pass, so a second walk over the scratch (an eighth of the logits, in
+cache) turns the sums into importance: half the products and exponentials of a two-pass softmax.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .score import RowRules, encode_shares
+
+LOG2E = math.log2(math.e)
+MAX_ROWS = 64
+POOL_WARPS = 8
+WIDTH = 32
+
+
+@triton.jit
+def _mean_queries(
+    q_ptr,
+    stride_l,
+    stride_d,
+    first_row,
+    length_q,
+    head_dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Means over POOL consecutive query rows: float32 [ROWS, BLOCK_D], zeros where no row is real."""
+    # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
+    q_ptr += first_row * stride_l
+    left = (length_q - first_row).to(tl.int32)
+    rows = tl.arange(0, ROWS) * POOL
+    channels = tl.arange(0, BLOCK_D)
+    offsets = rows[:, None] * stride_l + channels[None, :] * stride_d
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i in range(POOL):
+        real = (rows + i < left)[:, None] & (channels < head_dim)[None, :]
+        total += tl.load(q_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        q_ptr += stride_l
+    count = tl.minimum(tl.maximum(left - rows, 1), POOL)
+    return total / count.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _pool_keys_kernel(
+    k_ptr,
+    mask_ptr,
+    pooled_ptr,
+    k_strides,
+    mask_stride,
+    heads,
+    length_k,
+    pooled_rows,
+    head_dim: tl.constexpr,
+    POOL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Means over POOL consecutive real keys, for plans made apart from attention. Grid (row tiles, B * Hkv)."""
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // heads, line % heads
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK_D)
+    k_ptr += batch * k_strides[0] + head * k_strides[1]
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    count = tl.zeros((ROWS,), tl.float32)
+    for i in range(POOL):
+        token = rows.to(tl.int64) * POOL + i
+        real = token < length_k
+        if MASKED:
+            real = real & (tl.load(mask_ptr + batch * mask_stride + token, mask=real, other=0) != 0)
+        offsets = token[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
+        inside = real[:, None] & (channels < head_dim)[None, :]
+        total += tl.load(k_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        count += real.to(tl.float32)
+    mean = (total / tl.maximum(count, 1.0)[:, None]).to(pooled_ptr.dtype.element_ty)
+    at = (line * pooled_rows + rows)[:, None] * head_dim + channels[None, :]
+    tl.store(pooled_ptr + at, mean, mask=(rows < pooled_rows)[:, None] & (channels < head_dim)[None, :])
+
+
+@triton.jit
+def _real_counts(mask_ptr, keys, length_k, COLS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """Real tokens in each group of COLS keys: int32 [KEYS]."""
+    if MASKED:
+        tokens = keys[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        real = tl.load(mask_ptr + tokens, mask=tokens < length_k, other=0)
+        return tl.sum((real != 0).to(tl.int32), axis=1)
+    return tl.minimum(tl.maximum(length_k - keys * COLS, 0), COLS)
+
+
+@triton.jit
+def _importance_kernel(
+    q_ptr,
+    k_ptr,
+    mask_ptr,
+    out_ptr,
+    sums_ptr,
+    peaks_ptr,
+    first_real_ptr,
+    q_strides,
+    k_strides,
+    mask_stride,
+    length_q,
+    length_k,
+    blocks_m,
+    blocks_n,
+    work_items,
+    text_length,
+    scale_log2,
+    exponent,
+    head_dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POOL: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    ENCODE: tl.constexpr,
+    TEXT_FIRST: tl.constexpr,
+):
+    PER_M: tl.constexpr = BLOCK_M // POOL
+    PER_N: tl.constexpr = BLOCK_N // COLS
+    TILE_M: tl.constexpr = ROWS // PER_M
+    TILE_N: tl.constexpr = KEYS // PER_N
+    slot = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    tiles = tl.cdiv(blocks_n, TILE_N)
+    sums_ptr += slot.to(tl.int64) * ROWS * tiles * TILE_N
+    peaks_ptr += slot.to(tl.int64) * ROWS * tiles
+    groups_m = tl.cdiv(blocks_m, TILE_M)
+    pooled_k = tl.cdiv(length_k, COLS)
+    for item in range(slot, work_items, tl.num_programs(0)):
+        # Causal work grows with the query block, so the longest items go first.
+        group = groups_m - 1 - item % groups_m if CAUSAL else item % groups_m
+        head = (item // groups_m % HEADS).to(tl.int64)
+        batch = (item // groups_m // HEADS).to(tl.int64)
+        first_row = group.to(tl.int64) * TILE_M * BLOCK_M
+        queries = _mean_queries(
+            q_ptr + batch * q_strides[0] + head * q_strides[1],
+            q_strides[2],
+            q_strides[3],
+            first_row,
+            length_q,
+            head_dim,
+            ROWS,
+            POOL,
+            BLOCK_D,
+        ).to(k_ptr.dtype.element_ty)
+        last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
+        real_row = first_row + row * POOL < length_q
+        stop = tiles
+        if CAUSAL:
+            last = tl.minimum(first_row + ROWS * POOL, length_q) - 1 + length_k - length_q
+            stop = tl.minimum(tl.maximum(last // (BLOCK_N * TILE_N) + 1, 0), tiles).to(tl.int32)
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        k_head = k_ptr + batch * k_strides[0] + (head // GROUPS) * k_strides[1]
+        channels = tl.arange(0, BLOCK_D)
+        k_offsets = tl.arange(0, KEYS)[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
+        for tile in range(0, stop):
+            keys = tile * KEYS + tl.arange(0, KEYS)
+            in_range = (keys < pooled_k)[:, None] & (channels < head_dim)[None, :]
+            tile_ptr = k_head + tile * (KEYS * k_strides[2])
+            pooled = tl.load(tile_ptr + k_offsets, mask=in_range, other=0.0)
+            count = _real_counts(mask_ptr + batch * mask_stride, keys, length_k, COLS, KEYS, MASKED)
+            bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+            logits = tl.dot(queries, tl.trans(pooled), input_precision="tf32x3") * scale_log2 + bias[None, :]
+            if CAUSAL:
+                key_position = tl.minimum((keys + 1) * COLS, length_k) - 1
+                logits = tl.where(key_position[None, :] <= last_token[:, None], logits, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            mass = tl.exp2(logits - safe[:, None])
+            total = total * tl.exp2(peak - safe) + tl.sum(mass, axis=1)
+            peak = new_peak
+            per_block = tl.sum(tl.reshape(mass, (ROWS, TILE_N, PER_N)), axis=2)
+            blocks = tile * TILE_N + tl.arange(0, TILE_N)
+            tl.store(sums_ptr + row[:, None] * (tiles * TILE_N) + blocks[None, :], per_block)
+            tl.store(peaks_ptr + row * tiles + tile, safe)
+        tl.debug_barrier()
+        seen = real_row & (total > 0)
+        weight = tl.where(seen, 1.0 / tl.maximum(total, 1e-38), 0.0)
+        peak = tl.where(seen, peak, 0.0)
+        rows_seen = tl.sum(tl.reshape(seen.to(tl.float32), (TILE_M, PER_M)), axis=1)
+        m = group * TILE_M + tl.arange(0, TILE_M)
+        line = (batch * HEADS + head) * blocks_m + m
+        for start in range(0, blocks_n, WIDTH):
+            n = start + tl.arange(0, WIDTH)
+            written = n < stop * TILE_N
+            part = tl.load(sums_ptr + row[:, None] * (tiles * TILE_N) + n[None, :], mask=written[None, :], other=0.0)
+            then = tl.load(peaks_ptr + row[:, None] * tiles + n[None, :] // TILE_N, mask=written[None, :], other=0.0)
+            share = part * tl.exp2(then - peak[:, None]) * weight[:, None]
+            share = tl.sum(tl.reshape(share, (TILE_M, PER_M, WIDTH)), axis=1) / tl.maximum(rows_seen, 1.0)[:, None]
+            if ENCODE:
+                share = encode_shares(
+                    share,
+                    (rows_seen > 0)[:, None],
+                    m[:, None],
+                    n[None, :],
+                    tl.load(first_real_ptr + batch) if MASKED else 0,
+                    length_q,
+                    length_k,
+                    blocks_n,
+                    text_length,
+                    exponent,
+                    BLOCK_M,
+                    BLOCK_N,
+                    CAUSAL,
+                    TEXT_FIRST,
+                )
+            inside = (m < blocks_m)[:, None] & (n < blocks_n)[None, :]
+            tl.store(out_ptr + line[:, None] * blocks_n + n[None, :], share, mask=inside)
+        tl.debug_barrier()
+
+
+def importance(
+    q: Tensor,
+    pooled_k: Tensor,
+    length_k: int,
+    rules: RowRules,
+    *,
+    rows: int,
+    cols: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    encode: float | None = None,
+) -> Tensor:
+    """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows of sum one or zero.
+
+    Args:
+        q: [B, H, Lq, D], any strides.
+        pooled_k: [B, Hkv, ceil(length_k / cols), D], means over ``cols`` real keys (rows of the pyramid), any strides.
+        rows, cols: query rows and key rows averaged into one.
+        encode: return keys of proportional mode instead (see :func:`.score.encode_shares`), with this exponent.
+    """
+    batch, heads, length_q, head_dim = q.shape
+    blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
+    per_m, per_n = rules.block_m // rows, rules.block_n // cols
+    single = q.dtype == torch.float32
+    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single)
+    work = batch * heads * -(-blocks_m // (tile_rows // per_m))
+    programs = min(work, 2 * _processors(q.device))
+    tiles = -(-blocks_n * per_n // keys)
+    out = torch.empty(batch, heads, blocks_m, blocks_n, dtype=torch.float32, device=q.device)
+    sums = torch.empty(programs, tile_rows, tiles * keys // per_n, dtype=torch.float32, device=q.device)
+    peaks = torch.empty(programs, tile_rows, tiles, dtype=torch.float32, device=q.device)
+    masked = key_mask is not None
+    _importance_kernel[(programs,)](
+        q,
+        pooled_k,
+        key_mask.contiguous().view(torch.uint8) if masked else q,
+        out,
+        sums,
+        peaks,
+        rules.first_real if rules.first_real is not None else q,
+        q.stride(),
+        pooled_k.stride(),
+        length_k if masked else 0,
+        length_q,
+        length_k,
+        blocks_m,
+        blocks_n,
+        work,
+        rules.text_length,
+        scale * LOG2E,
+        1.0 if encode is None else encode,
+        head_dim,
+        HEADS=heads,
+        GROUPS=heads // pooled_k.shape[1],
+        BLOCK_M=rules.block_m,
+        BLOCK_N=rules.block_n,
+        POOL=rows,
+        COLS=cols,
+        ROWS=tile_rows,
+        KEYS=keys,
+        WIDTH=WIDTH,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        CAUSAL=rules.is_causal,
+        MASKED=masked,
+        ENCODE=encode is not None,
+        TEXT_FIRST=rules.text_first,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def pool_keys(k: Tensor, cols: int, key_mask: Tensor | None = None) -> Tensor:
+    """Means over ``cols`` consecutive real keys: [B, Hkv, Lk, D] -> [B, Hkv, ceil(Lk / cols), D], in the dtype of k."""
+    batch, heads, length, dim = k.shape
+    pooled = k.new_empty(batch, heads, -(-length // cols), dim)
+    masked = key_mask is not None
+    _pool_keys_kernel[(triton.cdiv(pooled.shape[2], 64), batch * heads)](
+        k,
+        key_mask.contiguous().view(torch.uint8) if masked else k,
+        pooled,
+        k.stride(),
+        length if masked else 0,
+        heads,
+        length,
+        pooled.shape[2],
+        head_dim=dim,
+        POOL=cols,
+        ROWS=64,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        MASKED=masked,
+        num_warps=POOL_WARPS,
+    )
+    return pooled
+
+
+def tiling(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> tuple[int, int, int, int]:
+    """Pooled query rows and pooled keys per tile, warps, and pipeline stages; ``single``: float32 operands."""
+    tile_rows = max(block_m // rows, MAX_ROWS)
+    keys = max(block_n // cols, 32 if single else 64)
+    return tile_rows, keys, max(8 if single or dim > 128 else 4, tile_rows // 16), 2
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,119 @@
+"""Which tile shape, warps and pipeline depth each kernel uses: a table, and on request a search that is remembered."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile and launch options of one kernel.
+
+    Attributes:
+        BLOCK_M, BLOCK_N: query rows and pyramid rows per tile.
+        WHOLE_N: rows per tile of whole level-1 blocks, which need fewer registers.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    WHOLE_N: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def padded(dim: int) -> int:
+    """Head dimension as tiles have it: the next power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+FORWARD = {
+    ("hopper", 64): Launch(128, 64, 128, 8, 3),
+    ("hopper", 128): Launch(128, 64, 128, 8, 2),
+    ("hopper", 256): Launch(64, 32, 32, 8, 2),
+    ("blackwell", 64): Launch(128, 64, 128, 8, 2),
+    ("blackwell", 128): Launch(128, 64, 64, 8, 3),
+    ("blackwell", 256): Launch(64, 32, 32, 8, 2),
+    ("mma", 64): Launch(128, 64, 64, 8, 2),
+    ("mma", 128): Launch(128, 64, 64, 8, 3),
+    ("mma", 256): Launch(64, 32, 32, 8, 2),
+}
+GRAD_QUERIES = {
+    ("hopper", 64): Launch(128, 64, 64, 8, 2),
+    ("hopper", 128): Launch(128, 64, 64, 8, 2),
+    ("hopper", 256): Launch(64, 32, 32, 8, 2),
+    ("blackwell", 64): Launch(128, 32, 32, 8, 2),
+    ("blackwell", 128): Launch(128, 64, 64, 8, 2),
+    ("blackwell", 256): Launch(64, 32, 32, 8, 2),
+    ("mma", 64): Launch(64, 32, 32, 8, 2),
+    ("mma", 128): Launch(64, 32, 32, 8, 2),
+    ("mma", 256): Launch(64, 32, 32, 8, 2),
+}
+GRAD_ROWS = {
+    ("hopper", 64): Launch(64, 64, 64, 8, 2),
+    ("hopper", 128): Launch(64, 64, 64, 8, 2),
+    ("hopper", 256): Launch(32, 32, 32, 8, 2),
+    ("blackwell", 64): Launch(64, 64, 64, 8, 2),
+    ("blackwell", 128): Launch(64, 64, 64, 8, 2),
+    ("blackwell", 256): Launch(32, 32, 32, 8, 2),
+    ("mma", 64): Launch(32, 64, 64, 8, 2),
+    ("mma", 128): Launch(32, 64, 64, 8, 2),
+    ("mma", 256): Launch(32, 32, 32, 8, 2),
+}
+EXTRAS = {
+    ("forward", "mma", 64): Launch(64, 64, 64, 8, 2),
+    ("forward", "mma", 128): Launch(64, 64, 64, 8, 2),
+    ("grad_rows", "hopper", 128): Launch(32, 64, 64, 8, 2),
+}
+"""Instead of the above where options take the registers that it leaves free (see :func:`has_extras`)."""
+FLOAT32 = {64: Launch(64, 32, 32, 8, 2), 128: Launch(32, 32, 32, 8, 2), 256: Launch(32, 16, 16, 8, 1)}
+FLOAT32_ROWS = {64: Launch(16, 32, 32, 8, 2), 128: Launch(16, 32, 32, 8, 2), 256: Launch(16, 16, 16, 8, 1)}
+TABLES = {"forward": FORWARD, "grad_queries": GRAD_QUERIES, "grad_rows": GRAD_ROWS}
+
+
+def family(capability: int) -> str:
+    """Which matrix instructions a GPU has: "mma" (8.x, 12.x), "hopper" (9.0: wgmma) or "blackwell" (10.x: tcgen05)."""
+    return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability // 10, "mma")
+
+
+def has_extras(kernel: str, constants: dict[str, Any]) -> bool:
+    """Whether a call has options that take registers: causal masks, biases per row or pair, several heads per KV head."""
+    if kernel == "grad_rows":
+        return constants["CAUSAL"] or constants["GROUP"] > 1
+    return constants["CAUSAL"] or constants["ROW_BIAS"] or constants["PAIR_BIAS"]
+
+
+@lru_cache
+def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_m: int, extras: bool) -> Launch:
+    """The table, from registers, shared memory and spills of the compiled kernels.
+
+    Args:
+        kernel: "forward", "grad_queries" or "grad_rows".
+        dim: head dimension. extras: what :func:`has_extras` says.
+    """
+    wide, kind = max(64, padded(dim)), family(capability)
+    if itemsize == 4:
+        launch = (FLOAT32_ROWS if kernel == "grad_rows" else FLOAT32)[wide]
+    else:
+        launch = TABLES[kernel][kind, wide]
+        launch = EXTRAS.get((kernel, kind, wide), launch) if extras else launch
+    return replace(launch, BLOCK_M=min(launch.BLOCK_M, block_m & -block_m))
+
+
+@lru_cache
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; that too where no GPU is present (the interpreter)."""
+    if device.type != "cuda" or torch.version.hip:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch_for(kernel: str, q: Tensor, block_m: int, extras: bool) -> Launch:
+    """The launch of a kernel for a call on the device of ``q``."""
+    return default_launch(kernel, q.shape[-1], q.element_size(), capability(q.device), block_m, extras)
