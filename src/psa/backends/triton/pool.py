@@ -152,9 +152,7 @@ def _pool_kernel(
     real = token < length
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + wide_batch * mask_stride + token, mask=real, other=0) != 0)
-    _pool_side(
-        k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS
-    )
+    _pool_side(k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS)
     _pool_side(
         v_ptr, values_ptr + base, token, real, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
         TOKENS, LEVELS,

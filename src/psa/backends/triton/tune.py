@@ -82,7 +82,7 @@ def family(capability: int) -> str:
 
 
 def has_extras(kernel: str, constants: dict[str, Any]) -> bool:
-    """Whether a call has options that take registers: causal masks, biases per row or pair, several heads per KV head."""
+    """Whether a call has options that take registers: causal masks, biases per row or pair, grouped query heads."""
     if kernel == "grad_rows":
         return constants["CAUSAL"] or constants["GROUP"] > 1
     return constants["CAUSAL"] or constants["ROW_BIAS"] or constants["PAIR_BIAS"]

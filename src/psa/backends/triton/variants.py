@@ -149,7 +149,9 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
         for shape in shapes:
             itemsize = 4 if shape.dtype == "fp32" else 2
             for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
-                launch = default_launch(table, shape.dim, itemsize, arch, shape.block_m, has_extras(table, shape.constants())).options()
+                launch = default_launch(
+                    table, shape.dim, itemsize, arch, shape.block_m, has_extras(table, shape.constants())
+                ).options()
                 values = _only(kernel, shape.constants() | launch)
                 yield _variant(kernel, shape, arch, values, launch, _instruction(arch))
             launch = default_launch(
@@ -168,7 +170,8 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias, "SIMILARITY": False,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias,
+        "SIMILARITY": False,
     }  # fmt: skip
     yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}
