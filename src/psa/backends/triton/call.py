@@ -15,9 +15,7 @@ from .tune import Launch, has_extras, launch_for, padded
 
 @dataclass(frozen=True)
 class Call:
-    """Attributes:
-    blocks, ends: the schedule of :func:`psa.schedule.build_schedule`.
-    """
+    """What a call's kernels read beside q; ``blocks`` and ``ends`` as :func:`psa.schedule.build_schedule` has them."""
 
     q: Tensor
     selection: Selection

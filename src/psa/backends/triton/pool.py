@@ -106,7 +106,7 @@ def _spreads(
     spreads = ()
     for e in tl.static_range(LEVELS):
         spreads = spreads + (tl.zeros((TOKENS >> e,), tl.float32),)  # noqa: RUF005 - Triton has no starred tuples
-    for part in tl.static_range(D_PAD // COLS):
+    for part in tl.range(D_PAD // COLS, num_stages=1):
         col = part * COLS + tl.arange(0, COLS)
         power = tl.load(power_ptr + col * power_stride, mask=col < D, other=0.0)
         counts = real.to(tl.float32)

@@ -116,8 +116,11 @@ def _describe(kernel: Any, constants: dict[str, Any], dtype: str, absent: set[st
     return signature, constexprs, attrs
 
 
-def _variant(kernel: Any, shape: Shape, arch: int, constants: dict[str, Any], options: dict[str, int],
-             instruction: str, **checks: bool) -> Variant:  # fmt: skip
+def _variant(
+    kernel: Any, shape: Shape, arch: int, constants: dict[str, Any], options: dict[str, int],
+    instruction: str, **checks: bool,
+) -> Variant:  # fmt: skip
+    """One variant of a kernel; arguments that the shape does not use are absent."""
     absent = set() if shape.pair_bias else {"pair_ptr"}
     if not shape.masked:
         absent.add("mask_ptr")
@@ -139,6 +142,12 @@ def _instruction(arch: int, narrow: bool = False) -> str:
     return {9: "HGMMA", 10: r"UTC\w*MMA"}.get(arch // 10, "HMMA")
 
 
+def _launch(table: str, shape: Shape, arch: int) -> dict[str, int]:
+    itemsize = 4 if shape.dtype == "fp32" else 2
+    extras = has_extras(table, shape.constants())
+    return default_launch(table, shape.dim, itemsize, arch, shape.block_m, extras).options()
+
+
 def _only(kernel: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in kernel.arg_names}
 
@@ -147,16 +156,11 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
     """Every kernel of attention and its gradients for every shape and architecture."""
     for arch in archs:
         for shape in shapes:
-            itemsize = 4 if shape.dtype == "fp32" else 2
             for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
-                launch = default_launch(
-                    table, shape.dim, itemsize, arch, shape.block_m, has_extras(table, shape.constants())
-                ).options()
+                launch = _launch(table, shape, arch)
                 values = _only(kernel, shape.constants() | launch)
                 yield _variant(kernel, shape, arch, values, launch, _instruction(arch))
-            launch = default_launch(
-                "grad_rows", shape.dim, itemsize, arch, shape.block_m, has_extras("grad_rows", shape.constants())
-            ).options()
+            launch = _launch("grad_rows", shape, arch)
             narrow = launch["BLOCK_N"] < 64
             constants = {name: shape.constants()[name] for name in ROW_CONSTANTS}
             for pooled in (True, False):
