@@ -1,0 +1,120 @@
+"""One command for a machine with a GPU: verify every kernel on it, then time everything, and write rows as they come.
+
+    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry] [--only REGEX] [--out FILE]
+
+Each row of benchmarks/results/<gpu>-<date>.jsonl says what ran, on what, and how it went; a case that fails is a row
+too. What does not verify is not timed. Exit status 1 when a check fails.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+BUDGETS = {"quick": 230.0, "part": 465.0, "dry": 300.0}
+"""Seconds after which no further case is started."""
+
+
+class Recorder:
+    """Appends rows to a file, each as soon as it is known, with what identifies the machine."""
+
+    def __init__(self, out: Path | None, machine: dict, seconds: float):
+        self.machine, self.end, self.failed, self.rows = machine, time.monotonic() + seconds, 0, 0
+        self.file = None
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.file = out.open("a")
+
+    @property
+    def seconds_left(self) -> float:
+        return self.end - time.monotonic()
+
+    def add(self, **row) -> None:
+        self.rows += 1
+        self.failed += row.get("ok") is False
+        if self.file is not None:
+            self.file.write(json.dumps(row | self.machine) + "\n")
+            self.file.flush()
+        print(describe(row), flush=True)
+
+
+def describe(row: dict) -> str:
+    """One line for people."""
+    if row["kind"] == "check":
+        status = "ok    " if row["ok"] else "FAILED"
+        return f"{status} {row['name']:60} {row.get('said') or ''}"
+    if "error" in row:
+        return f"       {row['case']:28} {row['what']:24} {row['error'][:80]}"
+    parts = [f"{row['ms']:9.3f} ms"]
+    for name, unit in (("tflops", "TFLOP/s"), ("of_ideal", "of ideal"), ("share", "of attend"), ("peak_gib", "GiB")):
+        if row.get(name) is not None:
+            parts.append(f"{row[name]:.4g} {unit}")
+    return f"       {row['case']:28} {row['what']:24} {'  '.join(parts)}"
+
+
+def machine_facts(dry: bool) -> dict:
+    import torch
+    import triton
+
+    import psa
+
+    facts = {
+        "date": date.today().isoformat(),
+        "gpu": "interpreter" if dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "psa": psa.__version__,
+    }
+    if not dry:
+        facts |= {"capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
+    return facts
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    if not options.dry and not torch.cuda.is_available():
+        print("no CUDA device; --dry runs tiny shapes under Triton's interpreter", file=sys.stderr)
+        return 2
+    import gpu_time
+    import gpu_verify
+
+    facts = machine_facts(options.dry)
+    name = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
+    default = Path(__file__).parent / "results" / f"{name}-{facts['date']}.jsonl"
+    out = options.out or (None if options.dry else default)
+    mode = "dry" if options.dry else "part" if options.part else "quick"
+    recorder = Recorder(out, facts, options.seconds or BUDGETS[mode])
+    device = torch.device("cpu" if options.dry else "cuda")
+    if options.part != 2:
+        gpu_verify.run(recorder, device, mode, options.only)
+    if recorder.failed == 0 or options.force:
+        gpu_time.run(recorder, device, mode, options.part, options.only)
+    else:
+        print("not timed: a check failed (--force times all the same)")
+    print(f"{recorder.rows} rows, {recorder.failed} failed checks" + (f", in {out}" if out else ""))
+    return 1 if recorder.failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="at most 4 minutes (the default)")
+    mode.add_argument("--part", type=int, choices=(1, 2), help="one half of everything, at most 8 minutes")
+    mode.add_argument("--dry", action="store_true", help="tiny shapes under the interpreter, without a GPU")
+    parser.add_argument("--only", default="", help="regular expression on the names of checks and cases")
+    parser.add_argument("--out", type=Path, help="file to append rows to")
+    parser.add_argument("--seconds", type=float, help="start no case after this many")
+    parser.add_argument("--force", action="store_true", help="time even where a check failed")
+    options = parser.parse_args()
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

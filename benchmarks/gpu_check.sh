@@ -1,0 +1,8 @@
+#!/bin/sh
+# Verifies, then times, every kernel on this machine's GPU. Needs torch and triton, nothing else; not even an install.
+#   benchmarks/gpu_check.sh --quick      at most 4 minutes
+#   benchmarks/gpu_check.sh --part 1     the whole, in two runs of at most 8 minutes
+#   benchmarks/gpu_check.sh --part 2
+#   benchmarks/gpu_check.sh --dry        tiny shapes under Triton's interpreter, without a GPU
+here=$(cd "$(dirname "$0")" && pwd)
+PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$here/gpu_check.py" "$@"

@@ -1,0 +1,56 @@
+"""Ahead-of-time compilation without a GPU: nothing spills, and the tensor cores are used."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+SOME = r"_psa_fwd_kernel/wan/|_importance_kernel-keys/wan/|_solve_kernel/wan/|_select_kernel-proportional/wan/"
+
+
+def load_benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "aot.py"
+    spec = importlib.util.spec_from_file_location("aot", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+aot = load_benchmark()
+
+
+def pick(arch, pattern):
+    return [variant for variant in aot.variants((arch,)) if re.search(pattern, variant.name)]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_the_default_call_compiles_without_faults(arch):
+    chosen = pick(arch, SOME)
+    assert len(chosen) == 4
+    for variant in chosen:
+        row = aot.compile_variant(variant)
+        assert aot.faults(variant, row) == [], variant.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_every_shipped_kernel_compiles_without_faults(arch):
+    wrong = {}
+    for variant in aot.variants((arch,)):
+        found = aot.faults(variant, aot.compile_variant(variant))
+        if found:
+            wrong[variant.name] = found
+    assert wrong == {}
+
+
+def test_names_are_unique_and_say_what_they_are():
+    names = [variant.name for variant in aot.variants((80, 90, 100, 120))]
+    assert len(names) == len(set(names))
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+/sm_\d+", name) for name in names)
