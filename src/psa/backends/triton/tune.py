@@ -121,5 +121,6 @@ def capability(device: torch.device) -> int:
 
 
 def launch_for(kernel: str, q: Tensor, block_m: int, extras: bool) -> Launch:
-    """The launch of a kernel for a call on the device of ``q``."""
-    return default_launch(kernel, q.shape[-1], q.element_size(), capability(q.device), block_m, extras)
+    """The launch of a kernel for a call on the device of ``q``; interpreted, always that of half precision."""
+    itemsize = q.element_size() if q.is_cuda else 2
+    return default_launch(kernel, q.shape[-1], itemsize, capability(q.device), block_m, extras)
