@@ -1,4 +1,4 @@
-"""Renders the quality rows into tables inside the docs and into pictures beside them.
+"""Renders the result rows into tables inside README and docs, and into pictures beside them.
 
     python benchmarks/render.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "docs" / language / name for language in ("en", "zh") for name in ("how-wrong-is-it.md", "log.md")]
+PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
 PICTURES = ROOT / "docs" / "pictures"
 RIVALS = ("published topk", "one mean per block")
 Row = dict
@@ -108,11 +108,60 @@ def cost_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def short_table(rows: list[Row]) -> str:
+    """The README's table: the rivals and the default, on the trained heads."""
+    kept = (*((rival, "exact") for rival in RIVALS), ("binary", "exact"), ("p2 variance", "ours"), ("auto", "ours"))
+    return methods_table([row for row in rows if (row.get("method"), row.get("importance")) in kept], "trained")
+
+
+def cpu_table(rows: list[Row], contenders: tuple[str, ...] = ()) -> str:
+    """Seconds against dense attention; of rows with the same setting the last one counts."""
+    names = ("case", "length", "head_dim", "heads", "threads", "clock", "contender")
+    latest = {tuple(row[name] for name in names): row for row in rows}
+    lines = [
+        "| case | L | D | heads | threads | clock | contender | dense s | s | speed-up | of ideal | other programs |",
+        "|---" * 12 + "|",
+    ]
+    for key, row in sorted(latest.items(), key=lambda item: tuple(map(str, item[0]))):
+        if contenders and row["contender"] not in contenders:
+            continue
+        numbers = f"{row['dense_seconds']:.3f} | {row['seconds']:.3f} | {row['ratio']:.2f}× | {row['of_ideal']:.2f}"
+        others = "?" if row["others"] is None else f"{row['others']:.0%}"
+        lines.append(f"| {' | '.join(map(str, key))} | {numbers} | {others} |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Every table by the name that pages ask for it."""
+    rows, cpu = load("quality"), load("cpu")
+    return {
+        "trained": methods_table(rows, "trained"),
+        "synthetic": methods_table(rows, "synthetic"),
+        "fields": fields_table(rows),
+        "orders": orders_table(rows),
+        "targets": targets_table(rows),
+        "cost": cost_table(load("probe_cost")),
+        "quality-short": short_table(rows),
+        "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
+        "cpu": cpu_table(cpu),
+    }
+
+
+def fill(text: str, found: dict[str, str]) -> str:
+    """A page's text with its tables replaced."""
+    for name, table in found.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
 def calibration_picture(rows: list[Row]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "psa"
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     group = [row for row in targets(rows) if row["kept"] < 1]
@@ -130,22 +179,10 @@ def calibration_picture(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    rows, cost = load("quality"), load("probe_cost")
-    tables = {
-        "trained": methods_table(rows, "trained"),
-        "synthetic": methods_table(rows, "synthetic"),
-        "fields": fields_table(rows),
-        "orders": orders_table(rows),
-        "targets": targets_table(rows),
-        "cost": cost_table(cost),
-    }
+    found = tables()
     for page in filter(Path.exists, PAGES):
-        text = page.read_text()
-        for name, table in tables.items():
-            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
-        page.write_text(text)
-    calibration_picture(rows)
+        page.write_text(fill(page.read_text(), found))
+    calibration_picture(load("quality"))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ def dense(q, k, v, **call):
     return torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), **call)
 
 
-def test_rows_are_stratified_deterministic_and_differ_by_head_and_salt():
+def test_rows_are_stratified_deterministic_and_differ_by_salt():
     rows = sample_rows(1000, 128, 3, 64, 0, torch.device("cpu"))
     assert rows.blocks.shape == (3, 8) and rows.rows.shape == (3, 8, 8)
     assert torch.equal(rows.rows // 128, rows.blocks[..., None].expand_as(rows.rows)) and int(rows.rows.max()) < 1000
     again, other = (sample_rows(1000, 128, 3, 64, salt, torch.device("cpu")) for salt in (0, 1))
     assert torch.equal(again.rows, rows.rows) and not torch.equal(other.rows, rows.rows)
-    assert not torch.equal(rows.rows[0], rows.rows[1])
+    assert torch.equal(rows.rows[0], rows.rows[1])  # a process with some of the heads probes what one with all does
     many = sample_rows(128 * 500, 128, 2, 64, 0, torch.device("cpu")).blocks
     assert many.shape == (2, 64) and bool((many.diff() > 0).all())
 

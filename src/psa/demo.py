@@ -51,7 +51,8 @@ def methods(density: float) -> dict[str, PSAConfig]:
         "published topk": PSAConfig(mask_ratios=published),
         "one mean per dropped block": PSAConfig(mask_ratios={1: (0.0, exact), 64: (exact, 1.0)}),
         "proportional": PSAConfig(mask_mode="proportional", density=density),
-        "proportional + variance bias": PSAConfig(density=density, bias="variance"),
+        "proportional + variance bias": PSAConfig(mask_mode="proportional", density=density, bias="variance"),
+        "automatic (the default)": PSAConfig(density=density),
     }
 
 
@@ -77,7 +78,7 @@ def run(
     for done, (density, name, config) in enumerate(cases, start=1):
         on_row(done, len(cases) + 1, f"{name} at density {density:g}")
         rows.append(_score(name, config, q, k, v, exact, grid, dense_seconds))
-    shown = make_plan(q, k, PSAConfig(density=0.15, bias="variance"), grid=grid)
+    shown = make_plan(q, k, PSAConfig(mask_mode="proportional", density=0.15, bias="variance"), grid=grid)
     folder = Path(output_dir)
     picture = _draw(folder / "demo.png", rows, shown, frames, grid)
     record = _write(folder / "demo.json", rows, grid, dense_seconds, str(video))
@@ -94,7 +95,7 @@ def _score(
     grid: tuple[int, int, int],
     dense: float,
 ) -> DemoRow:
-    plan = make_plan(q, k, config, grid=grid)
+    plan = make_plan(q, k, config, v=v, grid=grid)
     out = attend(q, k, v, plan)
     taken = seconds(lambda: psa_attention(q, k, v, config=config, grid=grid), repeats=1)
     error = float(relative_error(out, exact).mean())

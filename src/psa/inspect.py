@@ -82,7 +82,7 @@ def inspect(
 ) -> Inspection:  # fmt: skip
     """Plans and attends in float32, compares with dense attention, and draws the level maps to ``picture``."""
     q, k, v = q.float(), k.float(), v.float()
-    plan = make_plan(q, k, config, grid=grid, is_causal=is_causal, enable_gqa=True)
+    plan = make_plan(q, k, config, v=v, grid=grid, is_causal=is_causal, enable_gqa=True)
     out = attend(q, k, v, plan, is_causal=is_causal, enable_gqa=True)
     dense = make_plan(q, k, config.replace(type="dense"), is_causal=is_causal, enable_gqa=True)
     exact = attend(q, k, v, dense, is_causal=is_causal, enable_gqa=True)

@@ -22,7 +22,9 @@ GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Rows:
-    """Sampled query rows, stratified over query blocks and different for every head; the same for every batch item.
+    """Sampled query rows, stratified over query blocks.
+
+    The same in every head and batch item, so that a process that holds some of the heads probes what one with all does.
 
     Attributes:
         blocks: int64 [H, S], query blocks, ascending. rows: int64 [H, S, R], rows within those blocks.
@@ -33,13 +35,12 @@ class Rows:
 
 
 def sample_rows(length: int, block_m: int, heads: int, count: int, salt: int, device: torch.device) -> Rows:
-    """About ``count`` rows per head at low-discrepancy places that depend on head and ``salt`` only."""
+    """About ``count`` rows per head at low-discrepancy places that depend on ``salt`` only."""
     blocks = -(-length // block_m)
     strata = min(blocks, count)
     each = -(-count // strata)
-    head = torch.arange(heads, device=device, dtype=torch.float64)[:, None]
-    stratum = torch.arange(strata, device=device, dtype=torch.float64)[None, :]
-    place = ((head * 131 + stratum + 1) * GOLDEN + salt * math.sqrt(2)) % 1.0
+    stratum = torch.arange(strata, device=device, dtype=torch.float64).expand(heads, -1)
+    place = ((stratum + 1) * GOLDEN + salt * math.sqrt(2)) % 1.0
     chosen = ((stratum + place) * blocks / strata).long().clamp(max=blocks - 1)
     size = (length - chosen * block_m).clamp(max=block_m)
     draw = torch.arange(each, device=device, dtype=torch.float64)

@@ -32,8 +32,8 @@ def _psa_fwd_kernel(
     heads, length_q, length_k, blocks, rows, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     LOG2_BLOCK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WHOLE_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WHOLE_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ROW_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_M query rows of one head. Grid (query tiles, B * H).
 
@@ -79,17 +79,13 @@ def _psa_fwd_kernel(
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
 
     tile_ends, shifts, last_positions = level_table(ends_ptr, done * WHOLE_N, block_n, BLOCK_N, LEVELS)
-    level, block, row, lanes = rows_of_tile(
-        0, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS
-    )
+    level, block, row, lanes = rows_of_tile(0, list_ptr, tile_ends, shifts, last_positions, LOG2_BLOCK, BLOCK_N, LEVELS)
     for t in range(tile_ends[LEVELS - 1]):
         at = level_offset(level, blocks, block_n) + row
         keys = load_rows(keys_ptr, at, lanes, BLOCK_N, D, D_PAD)
         products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         values = load_rows(values_ptr, at, lanes, BLOCK_N, D, D_PAD)
-        bias = lane_bias(
-            level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS
-        )
+        bias = lane_bias(level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS)
         scores = products * scale_log2 + bias[None, :]
         if CAUSAL:
             scores = tl.where(hidden_rows(level, row, position, length_k), -float("inf"), scores)

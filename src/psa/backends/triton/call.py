@@ -15,9 +15,7 @@ from .tune import Launch, has_extras, launch_for, padded
 
 @dataclass(frozen=True)
 class Call:
-    """Attributes:
-    blocks, ends: the schedule of :func:`psa.schedule.build_schedule`.
-    """
+    """What a call's kernels read beside q; ``blocks`` and ``ends`` as :func:`psa.schedule.build_schedule` has them."""
 
     q: Tensor
     selection: Selection
@@ -66,9 +64,7 @@ class Call:
             "CAUSAL": selection.is_causal,
             "HAS_MASK": selection.key_mask is not None,
             "ROW_BIAS": bool(
-                selection.key_mask is not None
-                or selection.query_power is not None
-                or self.length_k % selection.block_n
+                selection.key_mask is not None or selection.query_power is not None or self.length_k % selection.block_n
             ),
             "PAIR_BIAS": selection.pair_bias is not None,
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
@@ -79,7 +75,7 @@ class Call:
 
 
 def broadcast_strides(x: Tensor, unit: int = 1) -> tuple[int, int]:
-    """Batch and head strides of a contiguous [1|B, 1|H, ...], in ``unit`` elements: 0 where the one entry serves all."""
+    """Batch and head strides of a contiguous [1|B, 1|H, ...], in ``unit`` elements: 0 where one entry serves all."""
     per_head = math.prod(x.shape[2:]) // unit
     return (0 if x.shape[0] == 1 else x.shape[1] * per_head, 0 if x.shape[1] == 1 else per_head)
 

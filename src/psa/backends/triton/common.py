@@ -116,7 +116,7 @@ def lane_bias(
     level, block, row, lanes, bias_ptr, pair_ptr, blocks,
     block_n: tl.constexpr, BLOCK_N: tl.constexpr, ROW_BIAS: tl.constexpr, PAIR_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Bias of each lane's row, in units of log2: the row's own, or log2 of the level; the block pair's; -inf outside."""
+    """Bias of each lane's row, in log2: the row's own or log2 of the level, plus the block pair's; -inf outside."""
     valid = tl.arange(0, BLOCK_N) < lanes
     if ROW_BIAS:
         bias = tl.load(bias_ptr + level_offset(level, blocks, block_n) + row, mask=valid, other=-float("inf"))
@@ -152,7 +152,9 @@ def count_whole(list_ptr, entries, limit, CHUNK: tl.constexpr):
 def whole_tiles(
     list_ptr, ends_ptr, last_position, length_k, CAUSAL: tl.constexpr, block_n: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Tiles of BLOCK_N rows at the head of the level-1 list that need no mask: no missing token, all before ``last_position``.
+    """How many tiles of BLOCK_N rows at the head of the level-1 list need no mask.
+
+    Their tokens all exist, and with the causal rule none lies after ``last_position``.
 
     Level-1 lists ascend, so what needs a mask comes last; the loop over pooled rows takes the rest.
     """

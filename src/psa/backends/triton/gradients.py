@@ -123,9 +123,7 @@ def _psa_bwd_dq_kernel(
         at = level_offset(level, blocks, block_n) + row
         keys = load_rows(keys_ptr, at, lanes, BLOCK_N, D, D_PAD)
         values = load_rows(values_ptr, at, lanes, BLOCK_N, D, D_PAD)
-        bias = lane_bias(
-            level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS
-        )
+        bias = lane_bias(level, block, row, lanes, bias_ptr, pair_ptr, blocks, block_n, BLOCK_N, ROW_BIAS, PAIR_BIAS)
         products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         grad_weights = tl.dot(grad_out, tl.trans(values), input_precision=PRECISION)
         scores = products * scale_log2 + bias[None, :]

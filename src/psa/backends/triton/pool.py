@@ -12,7 +12,11 @@ from .common import LOG2_E, level_offset
 from .tune import padded
 
 SIMILARITIES = 3
-POOL_WARPS = 8
+
+
+def pool_options(variance: bool) -> dict[str, int]:
+    """Launch options. The variances' registers are worth more than the occupancy that ptxas would spill them for."""
+    return {"num_warps": 8, "maxnreg": 255} if variance else {"num_warps": 8}
 
 
 def pool_columns(dim: int) -> int:
@@ -106,7 +110,7 @@ def _spreads(
     spreads = ()
     for e in tl.static_range(LEVELS):
         spreads = spreads + (tl.zeros((TOKENS >> e,), tl.float32),)  # noqa: RUF005 - Triton has no starred tuples
-    for part in tl.static_range(D_PAD // COLS):
+    for part in tl.range(D_PAD // COLS, num_stages=1):
         col = part * COLS + tl.arange(0, COLS)
         power = tl.load(power_ptr + col * power_stride, mask=col < D, other=0.0)
         counts = real.to(tl.float32)
@@ -152,9 +156,7 @@ def _pool_kernel(
     real = token < length
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + wide_batch * mask_stride + token, mask=real, other=0) != 0)
-    _pool_side(
-        k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS
-    )
+    _pool_side(k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS)
     _pool_side(
         v_ptr, values_ptr + base, token, real, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
         TOKENS, LEVELS,
@@ -237,7 +239,7 @@ def build_pyramid(
         heads, length, blocks, rows, 0.5 * scale * scale,
         GROUP=group, D=dim, D_PAD=padded(dim), COLS=cols, block_n=block_n, TOKENS=tokens, LEVELS=levels,
         HAS_MASK=key_mask is not None, VARIANCE=query_power is not None, SIMILARITY=similarity,
-        num_warps=POOL_WARPS,
+        **pool_options(query_power is not None),
     )  # fmt: skip
     return Pyramid(length, keys, values, counts, bias, cosines)
 

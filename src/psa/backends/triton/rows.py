@@ -95,7 +95,9 @@ def _psa_bwd_dkv_kernel(
             q = tl.load(query_tile(q_base, first, (q_strides[2], q_strides[3]), BLOCK_M, D_PAD), exists, other=0.0)
             grad_tile = query_tile(grad_base, first, (grad_out_strides[2], grad_out_strides[3]), BLOCK_M, D_PAD)
             grad_out = tl.load(grad_tile, mask=exists, other=0.0)
-            log2_lse = tl.load(log2_lse_ptr + row_base + first + query, mask=first + query < length_q, other=float("inf"))
+            log2_lse = tl.load(
+                log2_lse_ptr + row_base + first + query, mask=first + query < length_q, other=float("inf")
+            )
             delta = tl.load(delta_ptr + row_base + first + query, mask=first + query < length_q, other=0.0)
             pair = reader.to(tl.int64) * blocks + block
             lane = bias

@@ -51,8 +51,8 @@ GRAD_QUERIES = {
     ("blackwell", 128): Launch(128, 64, 64, 8, 2),
     ("blackwell", 256): Launch(64, 32, 32, 8, 2),
     ("mma", 64): Launch(64, 32, 32, 8, 2),
-    ("mma", 128): Launch(64, 32, 32, 8, 2),
-    ("mma", 256): Launch(64, 32, 32, 8, 2),
+    ("mma", 128): Launch(64, 32, 64, 4, 2),
+    ("mma", 256): Launch(32, 32, 32, 4, 2),
 }
 GRAD_ROWS = {
     ("hopper", 64): Launch(64, 64, 64, 8, 2),
@@ -69,10 +69,16 @@ EXTRAS = {
     ("forward", "mma", 64): Launch(64, 64, 64, 8, 2),
     ("forward", "mma", 128): Launch(64, 64, 64, 8, 2),
     ("grad_rows", "hopper", 128): Launch(32, 64, 64, 8, 2),
+    ("grad_rows", "blackwell", 128): Launch(32, 64, 64, 8, 2),
+    ("grad_rows", "mma", 64): Launch(32, 32, 32, 4, 2),
+    ("grad_rows", "mma", 128): Launch(16, 64, 64, 8, 2),
 }
 """Instead of the above where options take the registers that it leaves free (see :func:`has_extras`)."""
-FLOAT32 = {64: Launch(64, 32, 32, 8, 2), 128: Launch(32, 32, 32, 8, 2), 256: Launch(32, 16, 16, 8, 1)}
-FLOAT32_ROWS = {64: Launch(16, 32, 32, 8, 2), 128: Launch(16, 32, 32, 8, 2), 256: Launch(16, 16, 16, 8, 1)}
+FLOAT32 = {
+    "forward": {64: Launch(64, 32, 32, 8, 2), 128: Launch(32, 32, 32, 8, 2), 256: Launch(32, 16, 16, 8, 1)},
+    "grad_queries": {64: Launch(32, 32, 32, 4, 2), 128: Launch(32, 16, 16, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
+    "grad_rows": {64: Launch(16, 32, 32, 8, 2), 128: Launch(16, 32, 32, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
+}
 TABLES = {"forward": FORWARD, "grad_queries": GRAD_QUERIES, "grad_rows": GRAD_ROWS}
 
 
@@ -82,7 +88,7 @@ def family(capability: int) -> str:
 
 
 def has_extras(kernel: str, constants: dict[str, Any]) -> bool:
-    """Whether a call has options that take registers: causal masks, biases per row or pair, several heads per KV head."""
+    """Whether a call has options that take registers: causal masks, biases, for ``grad_rows`` several heads too."""
     if kernel == "grad_rows":
         return constants["CAUSAL"] or constants["GROUP"] > 1
     return constants["CAUSAL"] or constants["ROW_BIAS"] or constants["PAIR_BIAS"]
@@ -98,7 +104,7 @@ def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_
     """
     wide, kind = max(64, padded(dim)), family(capability)
     if itemsize == 4:
-        launch = (FLOAT32_ROWS if kernel == "grad_rows" else FLOAT32)[wide]
+        launch = FLOAT32[kernel][wide]
     else:
         launch = TABLES[kernel][kind, wide]
         launch = EXTRAS.get((kernel, kind, wide), launch) if extras else launch

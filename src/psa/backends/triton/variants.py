@@ -6,7 +6,7 @@ from typing import Any
 
 from .attend import _psa_fwd_kernel
 from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
-from .pool import POOL_WARPS, _pool_kernel, pool_columns
+from .pool import _pool_kernel, pool_columns, pool_options
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
 from .tune import default_launch, has_extras, padded
@@ -116,8 +116,11 @@ def _describe(kernel: Any, constants: dict[str, Any], dtype: str, absent: set[st
     return signature, constexprs, attrs
 
 
-def _variant(kernel: Any, shape: Shape, arch: int, constants: dict[str, Any], options: dict[str, int],
-             instruction: str, **checks: bool) -> Variant:  # fmt: skip
+def _variant(
+    kernel: Any, shape: Shape, arch: int, constants: dict[str, Any], options: dict[str, int],
+    instruction: str, **checks: bool,
+) -> Variant:  # fmt: skip
+    """One variant of a kernel; arguments that the shape does not use are absent."""
     absent = set() if shape.pair_bias else {"pair_ptr"}
     if not shape.masked:
         absent.add("mask_ptr")
@@ -126,7 +129,7 @@ def _variant(kernel: Any, shape: Shape, arch: int, constants: dict[str, Any], op
     if not constants.get("SIMILARITY"):
         absent.add("similarity_ptr")
     described = _describe(kernel, constants, shape.dtype, absent)
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    launch = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     pooled = {True: "-pooled", False: "-tokens"}.get(constants.get("POOLED"), "")
     name = f"{kernel.__name__}{pooled}/{shape.label}/sm_{arch}"
     return Variant(name, arch, kernel, *described, launch, instruction, **checks)
@@ -139,6 +142,12 @@ def _instruction(arch: int, narrow: bool = False) -> str:
     return {9: "HGMMA", 10: r"UTC\w*MMA"}.get(arch // 10, "HMMA")
 
 
+def _launch(table: str, shape: Shape, arch: int) -> dict[str, int]:
+    itemsize = 4 if shape.dtype == "fp32" else 2
+    extras = has_extras(table, shape.constants())
+    return default_launch(table, shape.dim, itemsize, arch, shape.block_m, extras).options()
+
+
 def _only(kernel: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in kernel.arg_names}
 
@@ -147,14 +156,11 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
     """Every kernel of attention and its gradients for every shape and architecture."""
     for arch in archs:
         for shape in shapes:
-            itemsize = 4 if shape.dtype == "fp32" else 2
             for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
-                launch = default_launch(table, shape.dim, itemsize, arch, shape.block_m, has_extras(table, shape.constants())).options()
+                launch = _launch(table, shape, arch)
                 values = _only(kernel, shape.constants() | launch)
-                yield _variant(kernel, shape, arch, values, launch, _instruction(arch))
-            launch = default_launch(
-                "grad_rows", shape.dim, itemsize, arch, shape.block_m, has_extras("grad_rows", shape.constants())
-            ).options()
+                yield _variant(kernel, shape, arch, values, launch, _instruction(arch, launch["BLOCK_M"] < 64))
+            launch = _launch("grad_rows", shape, arch)
             narrow = launch["BLOCK_N"] < 64
             constants = {name: shape.constants()[name] for name in ROW_CONSTANTS}
             for pooled in (True, False):
@@ -168,9 +174,10 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias, "SIMILARITY": False,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias,
+        "SIMILARITY": False,
     }  # fmt: skip
-    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
+    yield _variant(_pool_kernel, shape, arch, pool, pool_options(pool["VARIANCE"]), "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}
     yield _variant(_psa_bwd_delta_kernel, shape, arch, delta, {"num_warps": 4}, "", **plain)
     lists = _only(_readers_kernel, shape.constants()) | {"TILE": 64, "CHUNK": CHUNK}
