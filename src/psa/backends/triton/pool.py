@@ -12,7 +12,11 @@ from .common import LOG2_E, level_offset
 from .tune import padded
 
 SIMILARITIES = 3
-POOL_WARPS = 8
+
+
+def pool_options(variance: bool) -> dict[str, int]:
+    """Launch options. The variances' registers are worth more than the occupancy that ptxas would spill them for."""
+    return {"num_warps": 8, "maxnreg": 255} if variance else {"num_warps": 8}
 
 
 def pool_columns(dim: int) -> int:
@@ -235,7 +239,7 @@ def build_pyramid(
         heads, length, blocks, rows, 0.5 * scale * scale,
         GROUP=group, D=dim, D_PAD=padded(dim), COLS=cols, block_n=block_n, TOKENS=tokens, LEVELS=levels,
         HAS_MASK=key_mask is not None, VARIANCE=query_power is not None, SIMILARITY=similarity,
-        num_warps=POOL_WARPS,
+        **pool_options(query_power is not None),
     )  # fmt: skip
     return Pyramid(length, keys, values, counts, bias, cosines)
 

@@ -51,7 +51,7 @@ GRAD_QUERIES = {
     ("blackwell", 128): Launch(128, 64, 64, 8, 2),
     ("blackwell", 256): Launch(64, 32, 32, 8, 2),
     ("mma", 64): Launch(64, 32, 32, 8, 2),
-    ("mma", 128): Launch(64, 32, 32, 4, 2),
+    ("mma", 128): Launch(64, 32, 64, 4, 2),
     ("mma", 256): Launch(32, 32, 32, 4, 2),
 }
 GRAD_ROWS = {

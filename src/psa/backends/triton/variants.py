@@ -6,7 +6,7 @@ from typing import Any
 
 from .attend import _psa_fwd_kernel
 from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
-from .pool import POOL_WARPS, _pool_kernel, pool_columns
+from .pool import _pool_kernel, pool_columns, pool_options
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
 from .tune import default_launch, has_extras, padded
@@ -129,7 +129,7 @@ def _variant(
     if not constants.get("SIMILARITY"):
         absent.add("similarity_ptr")
     described = _describe(kernel, constants, shape.dtype, absent)
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    launch = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     pooled = {True: "-pooled", False: "-tokens"}.get(constants.get("POOLED"), "")
     name = f"{kernel.__name__}{pooled}/{shape.label}/sm_{arch}"
     return Variant(name, arch, kernel, *described, launch, instruction, **checks)
@@ -159,7 +159,7 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
             for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
                 launch = _launch(table, shape, arch)
                 values = _only(kernel, shape.constants() | launch)
-                yield _variant(kernel, shape, arch, values, launch, _instruction(arch))
+                yield _variant(kernel, shape, arch, values, launch, _instruction(arch, launch["BLOCK_M"] < 64))
             launch = _launch("grad_rows", shape, arch)
             narrow = launch["BLOCK_N"] < 64
             constants = {name: shape.constants()[name] for name in ROW_CONSTANTS}
@@ -177,7 +177,7 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
         "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias,
         "SIMILARITY": False,
     }  # fmt: skip
-    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
+    yield _variant(_pool_kernel, shape, arch, pool, pool_options(pool["VARIANCE"]), "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}
     yield _variant(_psa_bwd_delta_kernel, shape, arch, delta, {"num_warps": 4}, "", **plain)
     lists = _only(_readers_kernel, shape.constants()) | {"TILE": 64, "CHUNK": CHUNK}
