@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def relative_error(out: Tensor, exact: Tensor) -> Tensor:
@@ -19,6 +21,13 @@ def relative_error(out: Tensor, exact: Tensor) -> Tensor:
 def cosine(out: Tensor, exact: Tensor) -> float:
     """Mean cosine between output rows."""
     return float(torch.nn.functional.cosine_similarity(out.float(), exact.float(), dim=-1).mean())
+
+
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """The result of one call, and its seconds, on a CPU."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
 
 
 def seconds(function: Callable[[], Any], *, repeats: int = 3, device: torch.device | str = "cpu") -> float:
