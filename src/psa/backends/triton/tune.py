@@ -76,7 +76,7 @@ EXTRAS = {
 """Instead of the above where options take the registers that it leaves free (see :func:`has_extras`)."""
 FLOAT32 = {
     "forward": {64: Launch(64, 32, 32, 8, 2), 128: Launch(32, 32, 32, 8, 2), 256: Launch(32, 16, 16, 8, 1)},
-    "grad_queries": {64: Launch(32, 32, 32, 4, 2), 128: Launch(32, 16, 16, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
+    "grad_queries": {64: Launch(16, 32, 32, 8, 2), 128: Launch(32, 16, 16, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
     "grad_rows": {64: Launch(16, 32, 32, 8, 2), 128: Launch(16, 32, 32, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
 }
 TABLES = {"forward": FORWARD, "grad_queries": GRAD_QUERIES, "grad_rows": GRAD_ROWS}
