@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from render_gpu import aot_table, gpu_picture, gpu_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
@@ -131,6 +133,12 @@ def cpu_table(rows: list[Row], contenders: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+def gpu_rows() -> list[Row]:
+    """Rows of every file that `gpu_check.sh` wrote."""
+    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in load(path.stem)]
+    return [row for row in rows if "kind" in row and "gpu" in row]
+
+
 def tables() -> dict[str, str]:
     """Every table by the name that pages ask for it."""
     rows, cpu = load("quality"), load("cpu")
@@ -144,6 +152,8 @@ def tables() -> dict[str, str]:
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),
+        "gpu": gpu_table(gpu_rows(), pictures=True),
+        "aot": aot_table(load("aot")),
     }
 
 
@@ -183,6 +193,7 @@ def main() -> None:
     for page in filter(Path.exists, PAGES):
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
+    gpu_picture(gpu_rows(), PICTURES)
 
 
 if __name__ == "__main__":
