@@ -19,6 +19,7 @@ MODES = {
     "proportional": {"mask_mode": "proportional", "density": 0.3},
     "tau": {"mask_mode": "proportional", "tau": 0.04},
     "variance": {"bias": "variance", "density": 0.3},
+    "capped": {"mask_mode": "topk", "use_sim_mask": True, "sim_thresholds": {2: 0.0, 4: 0.05, 8: 0.02}},
 }
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount", "item")
 """What waits for the device, because its value or its shape is known only there."""
@@ -84,7 +85,7 @@ def test_five_launches_and_no_wait(mode, causal, monkeypatch):
 def test_masks_and_similarity_wait_for_nothing_either(monkeypatch):
     q, k, v = tensors()
     mask = torch.arange(205)[None] < 150
-    config = psa.PSAConfig(block_m=64, block_n=32, use_sim_mask=True, mask_mode="topk")
+    config = psa.PSAConfig(block_m=64, block_n=32, **MODES["capped"])
     with watched(monkeypatch) as launched:
         whole.forward(q, k, v, config, scale=0.2, text_length=9, key_mask=mask)
     assert len(launched) <= 5
@@ -124,7 +125,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "options"), [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("topk", "masked")]
+    ("mode", "options"),
+    [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("capped", "masked"), ("capped", "plain")],
 )
 def test_one_operator_is_plan_and_attend(mode, options, on_gpu):
     q, k, v = tensors(205)
