@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 import psa
 from psa.backends import triton as backend
@@ -197,3 +198,22 @@ def test_the_schedule_takes_at_most_four_bytes_per_pair():
     assert call.blocks.numel() * call.blocks.element_size() <= 4 * pairs
     assert call.ends.numel() == selection.levels.shape[1] * 16 * 6
     assert int(call.blocks[..., 0].min()) >= 0
+
+
+@pytest.mark.slow
+def test_heads_that_lie_far_apart(monkeypatch):
+    """Offsets beyond 2**31 elements: four heads 2**30 apart, in memory that is reserved and hardly touched."""
+    torch.use_deterministic_algorithms(False)  # would fill it
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)  # would copy it onto itself
+    room = torch.empty(3 * 2**30 + 2**20, dtype=torch.float16)
+    near = [x.half() for x in tensors(70, 90, heads=4, kv_heads=4, dim=16)]
+    far = [room.as_strided(x.shape, (0, 2**30, 16, 1), 2**18 * i) for i, x in enumerate(near)]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk", mask_ratios={1: (0, 0.4), 4: (0.4, 1.0)})
+    results = []
+    for q, k, v in (near, far):
+        out, lse, selection = whole.forward(q, k, v, config, scale=0.2)
+        results.append((out, lse, *backend.backward(out, None, q, k, v, out, lse, selection)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].abs().sum() > 0
