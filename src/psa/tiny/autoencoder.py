@@ -1,7 +1,7 @@
 """Trains the tiny model's autoencoder on rendered clips."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import CHANNELS, encode, make_vae, spread
+from .model import CHANNELS, encode, make_vae
 from .scenes import render, sample_scene
 
 PIXELS, FRAMES, BATCH = 64, 9, 4
-KL, RATE = 5e-4, 2e-3
+RATE = 2e-3
 
 
 def clips(count: int, frames: int, pixels: int, rng: random.Random, *, pairs: float) -> tuple[Tensor, list[str]]:
@@ -23,17 +23,19 @@ def clips(count: int, frames: int, pixels: int, rng: random.Random, *, pairs: fl
 
 
 def train_autoencoder(
-    folder: Path, *, steps: int, seed: int, on_step: Callable[[str, int, float], None] = lambda part, step, loss: None
+    folder: Path, *, steps: tuple[int, int], seed: int, on_step: Callable[[str, int, float], None] = lambda *told: None
 ) -> Any:
     """The VAE in evaluation mode, its latents normalised; reads ``folder/vae.pt`` where it is done.
 
-    An interrupted run continues from ``folder/vae_state.pt``. ``on_step("autoencoder", step, loss)`` after every step.
+    It learns ``steps[0]`` steps with compact latents, then ``steps[1]`` with sharp ones. An interrupted run continues.
+    ``on_step("autoencoder", step, loss)`` after every step, and ``on_step("sharpening", …)``.
     """
     done = folder / "vae.pt"
     if not done.exists():
         torch.manual_seed(seed)
         vae = make_vae()
-        _train(vae, vae.parameters(), _loss, folder / "vae_state.pt", steps, seed, partial(on_step, "autoencoder"))
+        _train(vae, _compact, folder / "vae_compact.pt", steps[0], seed, partial(on_step, "autoencoder"))
+        _train(vae, _sharp, folder / "vae_sharp.pt", steps[1], seed + 1, partial(on_step, "sharpening"))
         vae.requires_grad_(False)
         sample = clips(64, FRAMES, PIXELS, random.Random(seed), pairs=0.5)[0]
         latents = torch.cat([encode(vae, part) for part in sample.split(8)])
@@ -45,32 +47,16 @@ def train_autoencoder(
     return vae.eval().requires_grad_(False)
 
 
-def train_decoder(
-    vae: Any, folder: Path, *, steps: int, seed: int, on_step: Callable[[str, int, float], None] = lambda *told: None
-) -> Any:
-    """Sharpens the decoder for latents that are a little off, as generated ones are; the latents stay what they are."""
-    done = folder / "decoder.pt"
-    if not done.exists():
-        parts = (*vae.decoder.parameters(), *vae.post_quant_conv.parameters())
-        for value in parts:
-            value.requires_grad_(True)
-        _train(vae, parts, _decoder_loss, folder / "decoder_state.pt", steps, seed + 1, partial(on_step, "decoder"))
-        write(done, {"weights": vae.state_dict()})
-    vae.load_state_dict(torch.load(done, weights_only=True)["weights"])
-    return vae.requires_grad_(False)
-
-
 def _train(
     vae: Any,
-    parameters: Iterable[Tensor],
     loss_of: Callable[[Any, Tensor], Tensor],
     state: Path,
     steps: int,
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> None:
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    """One phase, from wherever ``state`` says it is; the phase's last state holds its result."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     first = 0
     if state.exists():
@@ -84,32 +70,34 @@ def _train(
         loss = loss_of(vae, clips(BATCH, FRAMES, PIXELS, random.Random(seed * 1_000_003 + step), pairs=0.5)[0])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         on_step(step + 1, loss.item())
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             body = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
             write(state, {"weights": vae.state_dict(), **body})
 
 
-def _decoder_loss(vae: Any, video: Tensor) -> Tensor:
-    """Absolute error, four times as heavy on the coloured things, from latents with a tenth of noise added."""
+def _compact(vae: Any, video: Tensor) -> Tensor:
+    """Absolute plus squared error in -1…1, and a little Kullback–Leibler divergence."""
     wanted = video.transpose(1, 2) * 2 - 1
-    with torch.no_grad():
-        latents = vae.encode(wanted).latent_dist.mode()
-        latents = latents + 0.1 * torch.randn_like(latents) * spread(vae.config.latents_std, latents)
-        weight = 1 + 3 * (wanted.amax(1, keepdim=True) - wanted.amin(1, keepdim=True) > 0.6)
-    return ((vae.decode(latents).sample - wanted).abs() * weight).mean()
+    off, divergence = _off(vae, wanted)
+    return off.abs().mean() + 2 * off.square().mean() + 5e-4 * divergence
 
 
-def _loss(vae: Any, video: Tensor) -> Tensor:
-    """Absolute plus squared error in -1…1, and a little Kullback–Leibler divergence to keep the latents compact."""
+def _sharp(vae: Any, video: Tensor) -> Tensor:
+    """Absolute error, four times as heavy on the coloured things, and a tenth of the divergence."""
     wanted = video.transpose(1, 2) * 2 - 1
+    off, divergence = _off(vae, wanted)
+    weight = 1 + 3 * (wanted.amax(1, keepdim=True) - wanted.amin(1, keepdim=True) > 0.6)
+    return (off.abs() * weight).mean() + 5e-5 * divergence
+
+
+def _off(vae: Any, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Decoded minus wanted, and the divergence from a standard normal, summed over a latent's channels."""
     posterior = vae.encode(wanted).latent_dist
-    off = vae.decode(posterior.sample()).sample - wanted
-    divergence = posterior.kl().mean() * CHANNELS / posterior.mean[0].numel()
-    return off.abs().mean() + 2 * off.square().mean() + KL * divergence
+    return vae.decode(posterior.sample()).sample - wanted, posterior.kl().mean() * CHANNELS / posterior.mean[0].numel()
 
 
 def write(path: Path, body: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from . import path
-from .autoencoder import clips, train_autoencoder, train_decoder, write
+from .autoencoder import clips, train_autoencoder, write
 from .model import encode, make_text_encoder, make_tokenizer, make_transformer, save
 
 Told = Callable[[str, int, float], None]
@@ -52,9 +52,9 @@ class Stage:
 
 STAGES = (
     Stage("parts", 48, 9, 32, 1800, 8192, 2e-3, pairs=0.0),
-    Stage("scenes", 64, 17, 12, 1100, 4096, 1.5e-3),
-    Stage("wide", 96, 25, 6, 250, 1024, 8e-4),
-    Stage("native", 128, 33, 2, 80, 160, 4e-4),
+    Stage("scenes", 64, 17, 12, 800, 3072, 1.5e-3),
+    Stage("wide", 96, 25, 6, 200, 768, 8e-4),
+    Stage("native", 128, 33, 2, 60, 120, 4e-4),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -250,7 +250,6 @@ def start_from(run: Run, folder: Path, stage: str) -> None:
     run.stage = names.index(stage)
     weights, config = pipe.vae.state_dict(), pipe.vae.config
     write(run.folder / "vae.pt", {"weights": weights, "mean": config.latents_mean, "std": config.latents_std})
-    write(run.folder / "decoder.pt", {"weights": weights})
     run.save()
 
 
@@ -262,8 +261,7 @@ def _progress() -> Progress:
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run in it is continued.")],
     seed: int = 0,
-    vae_steps: int = 1400,
-    decoder_steps: int = 1000,
+    vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
     start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
     from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "native",
@@ -278,14 +276,15 @@ def main(
     if start and run.stage == run.step == 0:
         start_from(run, path() if start == "shipped" else Path(start), from_stage)
     with _progress() as progress:
-        lengths = {"autoencoder": vae_steps, "decoder": decoder_steps} | {stage.name: stage.steps for stage in stages}
+        lengths = dict(zip(("autoencoder", "sharpening"), vae_steps, strict=True)) | {
+            stage.name: stage.steps for stage in stages
+        }
         bars = {name: progress.add_task(name, total=steps, loss=float("nan")) for name, steps in lengths.items()}
 
         def on_step(name: str, step: int, loss: float) -> None:
             progress.update(bars[name], completed=step, loss=loss)
 
         vae = train_autoencoder(output, steps=vae_steps, seed=seed, on_step=on_step)
-        vae = train_decoder(vae, output, steps=decoder_steps, seed=seed, on_step=on_step)
         run.train(vae, compiled=compiled, on_step=on_step)
     run.export(vae, output / "model")
     typer.echo(f"wrote {output / 'model'} after {run.seconds:.0f} s of training")
