@@ -11,6 +11,7 @@ HUES = {"red": 0, "yellow": 54, "green": 130, "cyan": 185, "blue": 231, "magenta
 SATURATED = 0.30  # chroma (largest minus smallest channel) from which a pixel belongs to a thing
 SMALLEST = 90  # pixels: less of a colour is no thing
 MOVING, SWELLING = 0.55, 0.15  # pixels per frame: of the centre, and of the square root of the area
+LEANING = 0.25  # difference in fullness between opposite thirds of the box
 SIDE = 24
 
 
@@ -66,12 +67,11 @@ def _shape_and_motion(mask: Tensor) -> tuple[str, str]:
     if len(frames) < 0.8 * len(mask):
         return "unclear", "unclear"
     boxes = [_box(mask[frame]) for frame in frames]
-    likeness = torch.stack([_likeness(mask[frame], box) for frame, box in zip(frames, boxes, strict=True)]).mean(0)
+    outline = torch.stack([_fit(mask[frame], box) for frame, box in zip(frames, boxes, strict=True)]).mean(0)
     centre = torch.tensor([[(left + right) / 2, (top + bottom) / 2] for left, right, top, bottom in boxes])
     drift = _slope(frames, centre)
     swell = _slope(frames, area[frames].float().sqrt()[:, None])[0]
-    shape = list(_templates())[int(likeness.argmax())] if likeness.max() > 0.6 else "unclear"
-    return shape, _motion(float(drift[0]), float(drift[1]), float(swell))
+    return _shape(outline), _motion(float(drift[0]), float(drift[1]), float(swell))
 
 
 def _motion(across: float, down: float, swell: float) -> str:
@@ -92,27 +92,31 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
     return left, right + 1, top, bottom + 1
 
 
-def _likeness(mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
-    """Intersection over union of the boxed mask with each template."""
+def _fit(mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+    """The boxed part of a mask, resampled to ``[SIDE, SIDE]``, 0 or 1."""
     left, right, top, bottom = box
     steps = (torch.arange(SIDE) + 0.5) / SIDE
     rows = (top + steps * (bottom - top)).long().clamp(max=mask.shape[0] - 1)
     columns = (left + steps * (right - left)).long().clamp(max=mask.shape[1] - 1)
-    cut = mask[rows[:, None], columns]
-    shapes = torch.stack(list(_templates().values()))
-    return (cut & shapes).sum((1, 2)) / (cut | shapes).sum((1, 2))
+    return mask[rows[:, None], columns].float()
 
 
-def _templates() -> dict[str, Tensor]:
-    """Each shape filling its bounding box, bool ``[SIDE, SIDE]``."""
-    line = ((torch.arange(SIDE) + 0.5) / SIDE) * 2 - 1
-    y, x = line[:, None], line[None, :]
-    return {
-        "circle": x * x + y * y <= 1,
-        "square": torch.ones(SIDE, SIDE, dtype=torch.bool),
-        "triangle": 2 * x.abs() <= y + 1,
-        "cross": x.abs().minimum(y.abs()) <= 1 / 3,
-    }
+def _shape(outline: Tensor) -> str:
+    """From the share of frames that cover each place of the bounding box, ``[SIDE, SIDE]``.
+
+    A triangle's lower third is fuller than its upper one. The rest tell themselves by how full the four corners of a
+    quarter's width are: a square's are full, a circle's hold .315, a cross's nothing.
+    """
+    third, quarter = SIDE // 3, SIDE // 4
+    leaning = float(outline[-third:].mean() - outline[:third].mean())
+    aside = float(outline[:, -third:].mean() - outline[:, :third].mean())
+    ends = (slice(None, quarter), slice(-quarter, None))
+    corners = float(sum(outline[rows, columns].mean() for rows in ends for columns in ends)) / 4
+    if leaning < -LEANING or abs(aside) > LEANING:
+        return "unclear"
+    if leaning > LEANING:
+        return "triangle"
+    return "square" if corners > 0.65 else "circle" if corners > 0.15 else "cross"
 
 
 def _slope(time: Tensor, values: Tensor) -> Tensor:

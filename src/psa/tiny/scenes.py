@@ -23,7 +23,7 @@ COLOURS = {
     "cyan": (0.10, 0.80, 0.86),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 11.0, "large": 16.0}  # radius in pixels
+SIZES = {"small": 14.0, "large": 19.0}  # radius in pixels
 MOTIONS = {
     "moving left": (-1.0, 0.0),
     "moving right": (1.0, 0.0),

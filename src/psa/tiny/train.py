@@ -52,7 +52,7 @@ class Stage:
 
 STAGES = (
     Stage("parts", 48, 9, 32, 1800, 8192, 2e-3, pairs=0.0),
-    Stage("scenes", 64, 17, 12, 800, 3072, 1.5e-3),
+    Stage("scenes", 80, 17, 8, 800, 2560, 1.5e-3),
     Stage("wide", 96, 25, 6, 200, 768, 8e-4),
     Stage("native", 128, 33, 2, 60, 120, 4e-4),
 )
