@@ -1,6 +1,7 @@
-"""The two arenas of the quality benchmark: structured synthetic fields, and q, k, v of a small trained transformer."""
+"""The arenas of the quality benchmark: structured synthetic fields, and q, k, v of two small trained transformers."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,25 @@ def trained(path: Path | str = TRAINED) -> list[Case]:
             )
             for name in names
         ]
+
+
+def tiny(steps: tuple[int, ...] = (1, 4, 6), seed: int = 0) -> list[Case]:
+    """Every layer of the bundled model at some of its denoising steps, on one prompt it was not trained on."""
+    from psa import demo
+    from psa.tiny.scenes import sample_scene
+
+    pipe = demo.load_pipeline()
+    scene = str(sample_scene(random.Random(f"arena {seed}"), held_out=True, pairs=1.0))
+    layers = len(pipe.transformer.blocks)
+    # Each step calls the model twice, with the text and without; the first of them is captured.
+    wanted = [2 * layers * step + layer for step in steps for layer in range(layers)]
+    with demo.captured(lambda call: call in wanted) as kept:
+        demo.make_video(pipe, scene, seed)
+    grid = (1 + (demo.FRAMES - 1) // 2, demo.HEIGHT // 8, demo.WIDTH // 8)
+    return [
+        Case(f"step{call // (2 * layers)}-layer{call % layers}", *(x.float() for x in qkv), grid=grid)
+        for call, qkv in zip(wanted, kept, strict=True)
+    ]
 
 
 def _field(grid: tuple[int, int, int], draw: torch.Generator) -> Tensor:

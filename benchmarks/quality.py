@@ -1,6 +1,6 @@
-"""Scores every way of choosing levels on both arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
+"""Scores every way of choosing levels on its arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
 
-    python benchmarks/quality.py [--arena trained|synthetic|all] [--seeds 3] [--quick]
+    python benchmarks/quality.py [--arena trained|synthetic|tiny|all] [--seeds 3] [--quick]
 
 Errors are ‖o − o*‖ / ‖o*‖ per head against dense attention in float32. "exact" importance is the true softmax mass of
 each block pair; "ours" is what the library estimates. Tables are rendered by ``benchmarks/render.py``.
@@ -87,12 +87,12 @@ def proportional(**settings) -> MAKER:
     return make
 
 
-def published_topk(bench: Bench, importance: Tensor | None, density: float) -> psa.Plan:
+def published_topk(bench: Bench, importance: Tensor | None, density: float, **settings) -> psa.Plan:
     """The published intervals, scaled so that they give ``density``."""
     factor = density / 0.15
     ratios = {level: tuple(min(1.0, b * factor) for b in bounds) for level, bounds in PUBLISHED_RATIOS.items()}
     ratios[0] = (ratios[0][0], 1.0)
-    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios)
+    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios, **settings)
 
 
 def automatic(**settings) -> MAKER:
@@ -101,6 +101,7 @@ def automatic(**settings) -> MAKER:
 
 METHODS: dict[str, MAKER] = {
     "published topk": published_topk,
+    "published topk, similarity cap": lambda b, i, d: published_topk(b, i, d, use_sim_mask=True),
     "published thresholdbound": lambda b, i, d: b.plan(i, mask_mode="thresholdbound", mask_ratios=THRESHOLDS),
     "binary": lambda b, i, d: b.ranked(i, d, 0),
     "one mean per block": lambda b, i, d: b.ranked(i, d, BLOCK_N),
@@ -126,6 +127,10 @@ METHODS: dict[str, MAKER] = {
     "auto, shared": automatic(share_heads=True),
 }
 TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
+
+
+ORDERS = dict.fromkeys(("trained", "synthetic"), ("Gilbert", "raster", "tile"))
+ORDERS["tiny"] = ("Gilbert", "raster", "tile", "semantic", "hybrid")
 
 
 def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) -> Iterator[dict]:
@@ -186,6 +191,8 @@ def stamp() -> dict:
 def cases(arena: str, seeds: int) -> Iterator[tuple[str, arenas.Case]]:
     if arena in ("trained", "all"):
         yield from (("trained", case) for case in arenas.trained())
+    if arena in ("tiny", "all"):
+        yield from (("tiny", case) for case in arenas.tiny())
     if arena in ("synthetic", "all"):
         for seed in range(seeds):
             yield from (("synthetic", arenas.synthetic(*setting, seed)) for setting in arenas.SETTINGS)
@@ -197,7 +204,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arena", choices=("trained", "synthetic", "all"), default="all")
+    parser.add_argument("--arena", choices=("trained", "synthetic", "tiny", "all"), default="all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="Gilbert order and density .15 only")
     parser.add_argument("--methods", nargs="*", help="names, default all; an empty list leaves target_error only")
@@ -208,7 +215,7 @@ def main() -> None:
     args_out.parent.mkdir(parents=True, exist_ok=True)
     with args_out.open("a") as file:
         for arena, case in cases(options.arena, options.seeds):
-            for order in ("Gilbert",) if options.quick else ("Gilbert", "raster", "tile"):
+            for order in ("Gilbert",) if options.quick else ORDERS[arena]:
                 densities = (0.15,) if options.quick or order != "Gilbert" else (0.1, 0.15, 0.25)
                 bench = open_case(case, order)
                 targets = target_rows(bench) if order == "Gilbert" and not options.methods else ()

@@ -19,7 +19,7 @@ import psa
 from psa.config import PSAConfig
 from psa.demo import STEPS, load_pipeline, make_video, rivals, seen
 from psa.tiny import path
-from psa.tiny.scenes import Scene, sample_scene
+from psa.tiny.scenes import Scene, parse, sample_scene
 from psa.video import likeness
 
 RESULTS = Path(__file__).parent / "results" / "tiny.jsonl"
@@ -46,6 +46,18 @@ def make(pipe, scene: Scene, seed: int, settings: PSAConfig | None, steps: int) 
     return frames, {"measured_density": density, "seconds": round(seconds, 2), **seen(scene, frames)}
 
 
+def keep_frames(pipe, prompt: str, steps: int, density: float = 0.1, count: int = 6) -> None:
+    """Writes frames of one prompt at 90 % sparsity for the README's picture, with PSNR to the dense clip."""
+    clips, dense = {}, None
+    for method in ("dense", *rivals(density)):
+        frames, row = make(pipe, parse(prompt), 0, config(method, density), steps)
+        dense = frames if dense is None else dense
+        name = method if method == "dense" else f"{method}\n{likeness(dense, frames)['psnr']:.1f} dB"
+        clips[name] = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+        print(name, row)
+    np.savez_compressed(RESULTS.with_name("tiny_frames.npz"), prompt=prompt, **clips)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=208)
@@ -55,8 +67,11 @@ def main() -> None:
     parser.add_argument("--model", default=str(path()))
     parser.add_argument("--part", default="0/1", help="i/n: every n-th video from the i-th, to share the work")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--frames", metavar="PROMPT", help="instead: keep frames of one prompt by every method")
     args = parser.parse_args()
     pipe = load_pipeline(args.model)
+    if args.frames:
+        return keep_frames(pipe, args.frames, args.steps)
     first, stride = map(int, args.part.split("/"))
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(row["seed"], row["method"], row["density"], row["steps"]) for row in done}

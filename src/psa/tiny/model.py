@@ -90,5 +90,9 @@ def save(
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
+    for part in (text_encoder, vae, transformer):
+        nn.Module.to(
+            part, torch.float16
+        )  # diffusers' own warns that some layers compute in float32; loading restores it
     pipe = WanPipeline(make_tokenizer(), text_encoder, vae, scheduler, transformer)  # type: ignore[reportArgumentType]
-    pipe.to(torch.float16).save_pretrained(folder)
+    pipe.save_pretrained(folder)
