@@ -122,7 +122,7 @@ def allocate_levels(
     if mask_ratios is not None and density is not None:
         raise ConfigError("mask_ratios and density exclude each other; give one")
     mask = mask or BlockMask()
-    caps = None if cap is None else level_index(_per_head(cap, importance.shape[1]))[:, :, None, :]
+    caps = None if cap is None else level_index(per_head(cap, importance.shape[1]))[:, :, None, :]
     shares = normalise(importance, mask.visible)
     if mask_mode in ("proportional", "auto"):
         if (density is None) == (tau is None):
@@ -140,16 +140,23 @@ def allocate_levels(
         index = ranked(shares, mask.visible, mask_mode, check_ratios(mask_ratios, block_n))
         if caps is not None:
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps))
-        index = _apply_mask(index, mask)
+        index = apply_mask(index, mask)
+    return levels_from(index)
+
+
+def levels_from(index: Tensor) -> Tensor:
+    """2**index as uint8, 0 where ``DROPPED``."""
     levels = torch.bitwise_left_shift(torch.ones_like(index), index.clamp(max=7))
     return levels.masked_fill(index == DROPPED, 0).to(torch.uint8)
 
 
-def _per_head(cap: Tensor, heads: int) -> Tensor:
+def per_head(cap: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, N] -> [B, H, N]."""
     return cap.repeat_interleave(heads // cap.shape[1], dim=1)
 
 
-def _apply_mask(index: Tensor, mask: BlockMask) -> Tensor:
+def apply_mask(index: Tensor, mask: BlockMask) -> Tensor:
+    """Level indices with pinned blocks at level 1 and invisible ones dropped."""
     if mask.pinned is not None:
         index = index.masked_fill(mask.pinned, 0)
     if mask.visible is not None:
@@ -243,7 +250,7 @@ def proportional(
                 index.masked_fill_(kept, coarsest)
         if caps is not None:
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
-        return _apply_mask(index, mask)
+        return apply_mask(index, mask)
 
     if tau is not None:
         log_tau = torch.full_like(log_share[..., :1, :1], math.log2(tau))

@@ -29,22 +29,23 @@ REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid")
 PUBLISHED_RATIOS = {1: (0.0, 0.10), 2: (0.10, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
 DEFAULT_DENSITY = 0.15
 DEFAULT_CAPS = {"count": 0.0, "variance": 1.0, "measured": 20.0}
-PUBLISHED = ("topk", "thresholdbound")
+RANKED = ("topk", "thresholdbound")
 USED_BY = {
-    "mask_ratios": PUBLISHED,
+    "mask_ratios": RANKED,
     "density": ("proportional", "auto"),
     "tau": ("proportional",),
     "exponent": ("proportional",),
     "rank_exponent": ("proportional",),
     "keep_all": ("proportional",),
     "share_heads": ("proportional", "auto"),
-    "bias": (*PUBLISHED, "proportional"),
-    "bias_cap": (*PUBLISHED, "proportional"),
+    "bias": (*RANKED, "proportional"),
+    "bias_cap": (*RANKED, "proportional"),
     "target_error": ("auto",),
     "max_density": ("auto",),
     "probe_rows": ("auto",),
     "probe_every": ("auto",),
     "probe_drift": ("auto",),
+    "published": ("auto",),
 }
 """The modes that have a use for a field; elsewhere it must keep its default, so that nothing is silently ignored."""
 
@@ -75,6 +76,8 @@ class PSAConfig:
         probe_rows: query rows per head whose exact attention is computed in a call that probes.
         probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
             change of the importance's concentration that ends it sooner.
+        published: in auto mode, also try the published topk and thresholdbound, stretched to the density, on every
+            head. Costs a sort of the importance in every call; benchmarks/quality.py found no head that gains.
         slope: add the first-order term of what averaging loses of the values. Default: True only in auto mode, where
             it is chosen per head.
         sort_keys: sort keys inside KV blocks so that pooled groups are tight (never when causal or with a key mask).
@@ -110,6 +113,7 @@ class PSAConfig:
     probe_rows: int = 48
     probe_every: int = 10
     probe_drift: float = 0.25
+    published: bool = False
     slope: bool | None = None
     sort_keys: bool | None = None
     bias: str = "count"
@@ -156,9 +160,7 @@ class PSAConfig:
         if mode != self.mask_mode:
             unused = {name: getattr(PSAConfig, name) for name, modes in USED_BY.items() if mode not in modes}
             changes = {"slope": None, "sort_keys": None, **unused, **changes}
-        if "tau" in changes and changes["tau"] is not None:
-            changes = {"density": None, "share_heads": False, **changes}
-        elif changes.get("target_error") is not None:
+        if changes.get("tau") is not None or changes.get("target_error") is not None:
             changes = {"density": None, "share_heads": False, **changes}
         elif "density" in changes:
             changes = {"tau": None, "target_error": None, "max_density": 1.0, **changes}
@@ -199,7 +201,7 @@ class PSAConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, mode == "auto")
         self._check_used(mode)
-        if mode in PUBLISHED:
+        if mode in RANKED:
             ratios = PUBLISHED_RATIOS if self.mask_ratios is None else self.mask_ratios
             object.__setattr__(self, "mask_ratios", check_ratios(ratios, self.block_n))
         elif self.density is None and self.tau is None and self.target_error is None:
@@ -235,7 +237,7 @@ class PSAConfig:
             hint = nearest(self.rearrange_method, REARRANGE_METHODS)
             raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
         object.__setattr__(self, "rearrange_method", method)
-        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys"):
+        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys", "published"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not true or false")
         if not isinstance(self.description, str):

@@ -35,7 +35,7 @@ class Plan:
         pair_bias: float16 [B, H, M, N]; with the measured bias.
         key_mask: bool [B, Lk] in the caller's order.
         slope: float16 [B, H, M, N], importance times N where :mod:`psa.slope` corrects pooled blocks, else 0.
-        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.auto.Choice`.
+        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
         reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
@@ -108,7 +108,7 @@ class Plan:
     @property
     def report(self) -> list[dict[str, Any]]:
         """One row per batch item and head: setting, density asked for and kept, and measured error."""
-        from .auto import CANDIDATES, Choice
+        from .candidates import CANDIDATES, Choice
 
         if self.choice is None:
             return []

@@ -39,19 +39,13 @@ def slope_basis(
             that lies between the means of groups of FINE.
         mix: float32 [B, Hkv, N, E, 2], zero for level 1; the covariance of level 2**e is ``Σ_i mix[e, i] moments[i]``.
     """
-    top = min(block_n, MAX_LEVEL)
-    pad = -k.shape[2] % block_n
     real = None
+    pad = -k.shape[2] % block_n
     if pad or key_mask is not None:
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = torch.nn.functional.pad(mask, (0, pad))
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
-    groups = k.unflatten(2, (-1, top))
-    count = top if real is None else real.unflatten(1, (-1, top)).sum(-1).clamp(min=1)[:, None, :, None, None]
-    centred = groups - groups.sum(3, keepdim=True) / count
-    if real is not None:
-        centred = centred * real.unflatten(1, (-1, top))[:, None, :, :, None]
-    keys = centred.flatten(2, 3)
+    keys = _centred(k, block_n, real)
     fine_keys, fine_values = group_sums(keys, FINE), group_sums(v, FINE)
     if real is None:
         fine_keys = fine_keys / FINE
@@ -59,6 +53,22 @@ def slope_basis(
         fine_keys = fine_keys / real.unflatten(1, (-1, FINE)).sum(-1).clamp(min=1)[:, None, :, None]
     moments = (_blockwise(keys, v, block_n), _blockwise(fine_keys, fine_values, block_n // FINE))
     return moments, _mix(keys.detach().float(), real, block_n)
+
+
+def slope_mix(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
+    """The ``mix`` of :func:`slope_basis` alone. k [B, Hkv, Lk, D] in whole blocks; real: bool [B, Lk], None if all."""
+    return _mix(_centred(k, block_n, real), real, block_n)
+
+
+def _centred(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
+    """Keys less the mean of the real ones in their coarsest group."""
+    top = min(block_n, MAX_LEVEL)
+    groups = k.unflatten(2, (-1, top))
+    if real is None:
+        return (groups - groups.sum(3, keepdim=True) / top).flatten(2, 3)
+    kept = real.unflatten(1, (-1, top))[:, None, :, :, None]
+    count = kept.sum(3, keepdim=True).clamp(min=1)
+    return ((groups - groups.sum(3, keepdim=True) / count) * kept).flatten(2, 3)
 
 
 def _blockwise(a: Tensor, b: Tensor, rows: int) -> Tensor:

@@ -44,7 +44,7 @@ def reorder(
 
     Gilbert and tile look at ``grid`` (T, H, W) only (token t,h,w at (t*H + h)*W + w) and return no state; semantic
     looks at q and k only and may go without a grid; hybrid does both. Text tokens, first or last, keep their places.
-    ``key_mask`` bool [B, L] (True = real token) and ``seed`` matter to semantic and hybrid, see ``semantic_permutation``.
+    ``key_mask`` bool [B, L] (True = real token) and ``seed`` matter to those two, see ``semantic_permutation``.
 
     Raises ConfigError for an unknown method, a missing grid or bad settings; ShapeError when T*H*W + text_length != L.
     """
