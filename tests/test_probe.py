@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import psa
-from psa.allocate import block_mask
+from psa import ops
+from psa.allocate import BlockMask, allocate_levels, block_mask
 from psa.auto import shared_densities, smallest_density
 from psa.candidates import CANDIDATES, Choice
+from psa.config import PUBLISHED_RATIOS
 from psa.errors import ConfigError, PSAError
 from psa.probe import Rows, Scored, row_errors, sample_rows
+from psa.published import stretched_levels
 from psa.reorder.keys import key_order
 from psa.slope import slope_correction
 
@@ -115,6 +118,52 @@ def test_the_default_is_automatic_and_without_v_a_fixed_setting():
     blind = psa.plan(q, k)
     assert bool(blind.error.isnan().all()) and blind.report[0]["setting"] == CANDIDATES[0].name
     assert bool(psa.attend(q, k, v, blind).isfinite().all())
+    assert len(blind.notes) == 1 and "2 of 2 heads" in blind.notes[0] and "without v" in blind.notes[0]
+    assert plan.notes == [], "where everything was measured there is nothing to say"
+
+
+def test_a_target_that_nothing_can_be_measured_against_means_dense():
+    q, k, v = tensors()
+    plan = psa.plan(q, k, psa.PSAConfig(target_error=0.1, max_density=0.5))
+    assert plan.density == 1.0 and len(plan.notes) == 1 and "dense attention" in plan.notes[0]
+    assert float(relative(psa.attend(q, k, v, plan), dense(q, k, v)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
+def test_the_published_modes_stretch_to_a_density(mode, causal, density):
+    """At the density of the published intervals topk is the published topk; at others the budget holds."""
+    importance = torch.rand(1, 2, 40, 200, generator=torch.Generator().manual_seed(0)) ** 4
+    mask = block_mask(40 * 128, 200 * 64, 128, 64, is_causal=causal)
+    levels = stretched_levels(importance, mode, density, 64, None, mask)
+    cost = torch.where(levels > 0, 1 / levels.float().clamp(min=1), 0.0)
+    visible = torch.ones(40, 200) if mask.visible is None else mask.visible[0, 0]
+    pinned = 0.0 if mask.pinned is None else float(mask.pinned.sum() / visible.sum())
+    kept = cost.sum((-1, -2)) / visible.sum()
+    assert float(kept.max()) <= max(density, pinned) + 1e-6 and float(kept.min()) > 0.97 * density
+    order = importance.masked_fill(mask.pinned, 2.0) if mask.pinned is not None else importance
+    if not causal:
+        assert bool((cost.gather(-1, order.argsort(-1, descending=True)).diff(dim=-1) <= 0).all())
+
+
+def test_topk_stretched_to_its_own_density_is_the_published_topk():
+    importance = torch.rand(1, 2, 40, 200, generator=torch.Generator().manual_seed(0))
+    want = allocate_levels(importance, mask_mode="topk", mask_ratios=PUBLISHED_RATIOS, block_n=64)
+    density = float(torch.where(want > 0, 1 / want.float().clamp(min=1), 0.0).mean()) + 1e-4
+    assert torch.equal(stretched_levels(importance, "topk", density, 64, None, BlockMask()), want)
+
+
+def test_published_modes_are_tried_on_request_and_every_candidate_keeps_the_budget():
+    q, k, v = tensors(1, 2, 2, 2048, 2048)
+    plans = [psa.plan(q, k, psa.PSAConfig(density=0.2, published=flag), v=v) for flag in (False, True)]
+    assert float(plans[1].error.mean()) <= 1.2 * float(plans[0].error.mean())
+    for number, candidate in enumerate(CANDIDATES):
+        given = torch.tensor([[[number, 0.2, 0.1]] * 2])
+        chosen = ops.select(q, k, v, None, None, given, plans[1].config.key, 32**-0.5, False, 0, "last")
+        density = torch.where(chosen[0] > 0, 1 / chosen[0].float().clamp(min=1), 0.0).mean((-1, -2))
+        assert float(density.min()) > 0.15 and float(density.max()) <= 0.2 * 1.02, candidate.name
+        assert bool((chosen[4] > 0).any()) == candidate.slope
 
 
 @pytest.mark.parametrize("settings", [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .config import MASK_MODES
 from .errors import ConfigError, ShapeError
@@ -237,24 +238,25 @@ def proportional(
     coarsest = int(math.log2(min(block_n, MAX_LEVEL)))
     log_share = log_share + _tie_break(log_share)
 
+    limit = coarsest if keep_all is True else DROPPED
+    if isinstance(keep_all, Tensor):
+        limit = torch.where(keep_all, float(coarsest), float(DROPPED))
+
     def indices(log_tau: Tensor) -> Tensor:
-        index = (log_tau - log_share + 0.5).floor_()
-        index.clamp_(min=0)
-        if keep_all is True:
-            index.clamp_(max=coarsest)
-        else:
-            dropped = index > coarsest
-            kept = False if keep_all is False else dropped & keep_all
-            index.masked_fill_(dropped, DROPPED)
-            if isinstance(kept, Tensor):
-                index.masked_fill_(kept, coarsest)
+        """Level indices as floats; above ``coarsest`` is dropped."""
+        index = (log_tau - log_share + 0.5).floor_().clamp_(min=0)
+        index = torch.minimum(index, limit) if isinstance(limit, Tensor) else index.clamp_(max=limit)
         if caps is not None:
-            index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
+            index = torch.where(index > coarsest, index, torch.minimum(index, caps.to(index.dtype)))
         return apply_mask(index, mask)
+
+    def final(log_tau: Tensor) -> Tensor:
+        index = indices(log_tau)
+        return torch.where(index > coarsest, float(DROPPED), index).to(torch.int32)
 
     if tau is not None:
         log_tau = torch.full_like(log_share[..., :1, :1], math.log2(tau))
-        return indices(log_tau).to(torch.int32)
+        return final(log_tau)
 
     assert density is not None  # checked by allocate_levels
     over = (1, 2, 3) if share_heads else (2, 3)
@@ -264,12 +266,11 @@ def proportional(
     high = torch.full_like(total, coarsest + 3.0)
     for _ in range(32):
         middle = 0.5 * (low + high)
-        index = indices(middle)
-        kept = index.neg().exp2_().masked_fill_(index == DROPPED, 0.0).sum(over, keepdim=True)
+        kept = functional.threshold(indices(middle).neg_().exp2_(), 0.75 * 2.0**-coarsest, 0.0).sum(over, keepdim=True)
         fits = kept <= density * total
         high = torch.where(fits, middle, high)
         low = torch.where(fits, low, middle)
-    return indices(high).to(torch.int32)
+    return final(high)
 
 
 def _tie_break(log_share: Tensor) -> Tensor:

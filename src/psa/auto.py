@@ -80,9 +80,7 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
         choice, curve = choose(layer)
     if choice is None:
         first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
-        choice = Choice(
-            first.long(), first + float(layer.config.density or layer.config.max_density), first + torch.nan
-        )
+        choice = Choice(first.long(), first + float(layer.config.density or 1.0), first + torch.nan)
     levels, shares = lay_out(layer, choice)
     if probing and several:
         error = measure(layer, levels, shares, choice, salt=1)

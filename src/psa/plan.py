@@ -141,18 +141,27 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the caller should know, e.g. that pinned blocks alone exceed the density asked for."""
-        asked = self.config.density if self.config else None
-        if self.config and self.config.target_error is not None and self.choice is not None:
-            missed = int((self.choice[..., 1] > self.config.max_density).sum())
-            heads = self.choice[..., 1].numel()
-            text = f"{missed} of {heads} heads cannot meet error {self.config.target_error:g} and run dense"
-            return [f"{text} (max_density {self.config.max_density:g})"] if missed else []
-        if asked is None or self.density <= asked * 1.02:
-            return []
-        if self.pinned_density > asked:
-            return [f"pinned blocks alone take density {self.pinned_density:.3f}, above the {asked:g} asked for"]
-        return [f"pins and caps allow no less than density {self.density:.3f}, above the {asked:g} asked for"]
+        """What the caller should know: heads that run dense or were not measured, a density that pins exceed."""
+        config, notes = self.config, []
+        if config is None:
+            return notes
+        if self.choice is not None:
+            blind, heads = self.choice[..., 2].isnan(), self.choice[..., 2].numel()
+            if bool(blind.any()):
+                got = "dense attention" if config.target_error is not None else "one fixed setting"
+                text = f"no error is known for {int(blind.sum())} of {heads} heads: the plan was made without v"
+                notes.append(f"{text}, so nothing was probed and they got {got}; pass v to psa.plan")
+            missed = int(((self.choice[..., 1] > config.max_density) & ~blind).sum())
+            if missed and config.target_error is not None:
+                text = f"{missed} of {heads} heads cannot meet error {config.target_error:g} and run dense"
+                notes.append(f"{text} (max_density {config.max_density:g})")
+        if config.density is not None and self.density > config.density * 1.02:
+            rest = f", above the {config.density:g} asked for"
+            if self.pinned_density > config.density:
+                notes.append(f"pinned blocks alone take density {self.pinned_density:.3f}{rest}")
+            else:
+                notes.append(f"pins and caps allow no less than density {self.density:.3f}{rest}")
+        return notes
 
     def histogram(self) -> dict[int, float]:
         """Share of block pairs at each level, skipped (0) included."""

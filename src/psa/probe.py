@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .schedule import level_index
-from .slope import FINE, slope_mix
+from .slope import FINE, centred_keys, slope_mix
 
 CHUNK = 1 << 26
 """Elements held at a time (256 MB in float32)."""
@@ -108,10 +109,12 @@ def row_errors(
                 levels, shares = scored.levels[b, h, part], scored.shares[b, h, part]
                 out = pyramid.outputs(logits, levels, bias, position)
                 slope = pyramid.slope(logits, levels, shares)
-                wrong = out[:, :-1] - out[:, -1:]
+                exact = out[:, -1:] / pyramid.top  # squares must not overflow
+                wrong = out[:, :-1] / pyramid.top - exact
+                slope /= pyramid.top
                 errors[b, h, part, :, 0] = (wrong + slope).square().sum((2, 3))
                 errors[b, h, part, :, 1] = wrong.square().sum((2, 3))
-                norms[b, h, part] = out[:, -1].square().sum((1, 2))
+                norms[b, h, part] = exact.square().sum((1, 2, 3))
     return errors, norms
 
 
@@ -119,37 +122,32 @@ class _Pyramid:
     """One KV head's pooled keys and values in blocks, as probes need them."""
 
     def __init__(self, k: Tensor, v: Tensor, block_n: int, mask: Tensor | None) -> None:
-        pad = (0, 0, 0, -k.shape[2] % block_n)
-        real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-        real = torch.nn.functional.pad(real, (0, pad[3]))
-        keys, values = (torch.nn.functional.pad(x.float(), pad) for x in (k, v))
-        padded = mask is not None or bool(pad[3])
-        if padded:
+        missing = -k.shape[2] % block_n
+        keys, values, real = k.float(), v.float(), None
+        if missing or mask is not None:
+            real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+            real = functional.pad(real, (0, missing))
+            keys, values = (functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
             keys, values = (x.masked_fill(~real[:, None, :, None], 0.0) for x in (keys, values))
-        values = values / values.abs().amax().clamp(min=1e-36)  # errors are relative; their squares must not overflow
-        self.real, self.tokens = real[0], k.shape[2]
-        self.k, self.blocks = keys[0, 0], keys.shape[2] // block_n
-        self.mix = slope_mix(keys, block_n, real if padded else None)[0, 0]
-        self.counts = [real[0].float()]
-        values = values[0, 0]
-        self.values = [torch.nn.functional.pad(values, (0, 1), value=1.0).unflatten(0, (self.blocks, -1))]
+        self.real, self.tokens, self.k, self.blocks = real, k.shape[2], keys[0, 0], keys.shape[2] // block_n
+        self.top = torch.stack(torch.aminmax(values)).abs().amax().clamp(min=1e-36)
+        self.centred = centred_keys(keys, block_n, real)
+        self.mix = slope_mix(self.centred, real, block_n)[0, 0]
+        self.counts = [keys.new_ones(keys.shape[2]) if real is None else real[0].float()]
+        self.values = [values[0, 0]]
         for _ in range(1, self.mix.shape[1]):
-            self.counts.append(self.counts[-1].unflatten(0, (-1, 2)).sum(-1))
-            values = values.unflatten(0, (-1, 2)).sum(1)
-            means = values / self.counts[-1].clamp(min=1)[:, None]
-            self.values.append(torch.nn.functional.pad(means, (0, 1), value=1.0).unflatten(0, (self.blocks, -1)))
+            counts, values = self.counts[-1][:, None], self.values[-1]
+            total = _pairs(values if real is None else counts * values, 0)
+            self.counts.append(_pairs(self.counts[-1], 0))
+            self.values.append(total.div_(2.0 if real is None else self.counts[-1][:, None].clamp(min=1)))
 
     def variance_bias(self, power: Tensor, scale: float, cap: float) -> list[Tensor]:
         """The factor exp(bias) of every group, [groups], for every level above 1."""
-        top = self.k.shape[0] // self.counts[-1].shape[0]
-        weight = self.counts[0][:, None]
-        centre = self.k.unflatten(0, (-1, top)).sum(1) / self.counts[-1].clamp(min=1)[:, None]
-        sums = (self.k - centre.repeat_interleave(top, dim=0)) * weight
+        sums, factors = self.centred[0, 0], []
         energy = sums.square() @ power
-        factors = []
         for counts in self.counts[1:]:
-            sums, energy = sums.unflatten(0, (-1, 2)).sum(1), energy.unflatten(0, (-1, 2)).sum(1)
-            spread = energy / counts.clamp(min=1) - sums.square() @ power / counts.clamp(min=1).square()
+            sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
+            spread = energy / size - sums.square() @ power / size.square()
             factors.append((0.5 * scale**2 * spread.clamp(min=0)).clamp(max=cap).exp())
         return factors
 
@@ -158,27 +156,37 @@ class _Pyramid:
 
         logits [S * R, keys], levels [S, C, N], factors of :meth:`variance_bias`.
         """
-        levels = torch.nn.functional.pad(levels, (0, 0, 0, 1), value=1)
+        levels = functional.pad(levels, (0, 0, 0, 1), value=1)
         seen = self._hide(logits, 0, position)
         peak = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        out = self._sum((seen - peak).exp_(), 0, (levels == 1).float())
-        sums = logits * self.counts[0]
+        weight = (seen - peak).exp_()
+        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        amount = (levels == 1).float()
+        out, mass = self._sum(weight.div_(total), 0, amount), self._mass(weight, amount)
+        shift, sums = peak + total.log(), logits if self.real is None else logits * self.counts[0]
         for e, counts in enumerate(self.counts[1:], start=1):
-            sums = sums.unflatten(-1, (-1, 2)).sum(-1)
-            weight = (self._hide(sums / counts.clamp(min=1), e, position) - peak).exp_() * (counts * factors[e - 1])
-            out += self._sum(weight, e, (levels == 1 << e).float())
-        return out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+            sums = _pairs(sums, 1)
+            weight = self._hide(sums / counts.clamp(min=1), e, position)
+            weight = weight.sub_(shift).exp_().mul_(counts * factors[e - 1])
+            amount = (levels == 1 << e).float()
+            out += self._sum(weight, e, amount)
+            mass += self._mass(weight, amount)
+        return out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny)
 
     def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
         """The slope correction of every selection, [S, C, R, D], by the logits' spread inside groups."""
         wanted = (shares.float() / self.blocks)[..., None] * self._mixture(levels)
-        fine = FINE.bit_length() - 1
+        fine = FINE.bit_length() - 1  # FINE is 4: two sums of neighbours
         top = self.k.shape[0] // self.counts[-1].shape[0]
-        sums = logits * self.counts[0]
-        centre = sums.unflatten(-1, (-1, top)).sum(-1) / self.counts[-1].clamp(min=1)
-        spread = (logits - centre.repeat_interleave(top, dim=-1)) * self.counts[0]
-        groups = spread.unflatten(-1, (-1, FINE)).sum(-1)
-        return (self._sum(spread, 0, wanted[..., 0]) + self._sum(groups, fine, wanted[..., 1]))[..., :-1]
+        spread = logits.unflatten(-1, (-1, top))
+        if self.real is not None:
+            real = self.counts[0].unflatten(0, (-1, top))
+            means = (spread * real).sum(-1, keepdim=True) / self.counts[-1][:, None].clamp(min=1)
+            spread = (spread - means) * real
+        else:
+            spread = spread - spread.mean(-1, keepdim=True)
+        groups = _pairs(_pairs(spread.flatten(1), 1), 1)
+        return self._sum(spread.flatten(1), 0, wanted[..., 0]) + self._sum(groups, fine, wanted[..., 1])
 
     def _mixture(self, levels: Tensor) -> Tensor:
         """What a level takes of the two moments, [S, C, N, 2]."""
@@ -186,17 +194,29 @@ class _Pyramid:
         return self.mix[torch.arange(self.blocks, device=index.device), index]
 
     def _hide(self, logits: Tensor, e: int, position: Tensor | None) -> Tensor:
-        hidden = self.counts[e] == 0
-        if position is not None:
-            last = ((torch.arange(logits.shape[-1], device=logits.device) + 1) << e).clamp(max=self.tokens) - 1
-            hidden = hidden | (last > position)
-        return logits.masked_fill(hidden, -torch.inf)
+        if self.real is not None:
+            logits = logits.masked_fill(self.counts[e] == 0, -torch.inf)
+        if position is None:
+            return logits
+        last = ((torch.arange(logits.shape[-1], device=logits.device) + 1) << e).clamp(max=self.tokens) - 1
+        return logits.masked_fill(last > position, -torch.inf)
 
     def _sum(self, weight: Tensor, e: int, amount: Tensor) -> Tensor:
-        """Σ over blocks of amount · Σ over each block's groups of weight · (mean value, 1): [S, C, R, D + 1].
+        """Σ over blocks of amount · Σ over each block's groups of weight · mean value: [S, C, R, D].
 
         weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections.
         """
-        piece = torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), self.values[e])
+        values = self.values[e].unflatten(0, (self.blocks, -1))
+        piece = torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), values)
         piece = piece.unflatten(1, (amount.shape[0], -1)).transpose(0, 1)
         return (amount @ piece.flatten(2)).unflatten(-1, piece.shape[2:])
+
+    def _mass(self, weight: Tensor, amount: Tensor) -> Tensor:
+        """What :meth:`_sum` gives for values of one, [S, C, R]."""
+        blocks = weight.unflatten(-1, (self.blocks, -1)).sum(-1)
+        return amount @ blocks.unflatten(0, (amount.shape[0], -1)).mT
+
+
+def _pairs(x: Tensor, dim: int) -> Tensor:
+    """Sums of neighbours along ``dim``, 0 or 1."""
+    return x[::2] + x[1::2] if dim == 0 else x[:, ::2] + x[:, 1::2]

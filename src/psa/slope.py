@@ -45,23 +45,18 @@ def slope_basis(
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = torch.nn.functional.pad(mask, (0, pad))
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
-    keys = _centred(k, block_n, real)
+    keys = centred_keys(k, block_n, real)
     fine_keys, fine_values = group_sums(keys, FINE), group_sums(v, FINE)
     if real is None:
         fine_keys = fine_keys / FINE
     else:
         fine_keys = fine_keys / real.unflatten(1, (-1, FINE)).sum(-1).clamp(min=1)[:, None, :, None]
     moments = (_blockwise(keys, v, block_n), _blockwise(fine_keys, fine_values, block_n // FINE))
-    return moments, _mix(keys.detach().float(), real, block_n)
+    return moments, slope_mix(keys.detach().float(), real, block_n)
 
 
-def slope_mix(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
-    """The ``mix`` of :func:`slope_basis` alone. k [B, Hkv, Lk, D] in whole blocks; real: bool [B, Lk], None if all."""
-    return _mix(_centred(k, block_n, real), real, block_n)
-
-
-def _centred(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
-    """Keys less the mean of the real ones in their coarsest group."""
+def centred_keys(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
+    """Keys less the mean of the real ones in their coarsest group; zero where not real. k in whole blocks."""
     top = min(block_n, MAX_LEVEL)
     groups = k.unflatten(2, (-1, top))
     if real is None:
@@ -75,8 +70,11 @@ def _blockwise(a: Tensor, b: Tensor, rows: int) -> Tensor:
     return a.unflatten(2, (-1, rows)).mT @ b.unflatten(2, (-1, rows))
 
 
-def _mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
-    """Weights of the two moments per level, by the share of the keys' spread that lies within its groups."""
+def slope_mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
+    """The ``mix`` of :func:`slope_basis`, by the share of the keys' spread that lies within a level's groups.
+
+    centred: float32 [B, Hkv, Lk, D] of :func:`centred_keys`; real: bool [B, Lk] over whole blocks, None if all are.
+    """
     levels = int(math.log2(min(block_n, MAX_LEVEL))) + 1
     fine = int(math.log2(FINE))
     tokens = None if real is None else real.float()[:, None]
@@ -85,7 +83,7 @@ def _mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
         if e:
             sums = group_sums(sums, 2)
             tokens = None if tokens is None else tokens.unflatten(-1, (-1, 2)).sum(-1)
-        energy = sums.square().sum(-1) / (1 << e if tokens is None else tokens.clamp(min=1))
+        energy = torch.linalg.vector_norm(sums, dim=-1).square() / (1 << e if tokens is None else tokens.clamp(min=1))
         between.append(energy.unflatten(-1, (-1, block_n >> e)).sum(-1))
     within = (between[0][..., None] - torch.stack(between, dim=-1)).clamp(min=0)
     at_fine, at_top = within[..., fine, None], within[..., -1, None]
