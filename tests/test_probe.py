@@ -1,8 +1,6 @@
 """Probes, the automatic mode, the slope correction, sorted keys, and what is carried over steps."""
 
 import dataclasses
-import itertools
-import math
 
 import pytest
 import torch
@@ -321,65 +319,6 @@ def test_plans_with_a_choice_survive_saving(tmp_path):
     plan.save(tmp_path / "plan.safetensors")
     loaded = psa.Plan.load(tmp_path / "plan.safetensors")
     assert torch.equal(psa.attend(q, k, v, loaded), psa.attend(q, k, v, plan)) and loaded.report == plan.report
-
-
-# -- inputs that mean harm ---------------------------------------------------------------------------------------------
-
-
-def needle(q, k, v):
-    k[:, :, 700] = 40 * q.mean(2)
-    v[:, :, 700] = 9.0
-
-
-HARMFUL = {
-    "one giant outlier key": lambda q, k, v: k[:, :, 333].mul_(1e3),
-    "one giant outlier value": lambda q, k, v: v[:, :, 333].mul_(1e4),
-    "constant rows": lambda q, k, v: (q.fill_(1.0), k.fill_(0.5), v.fill_(2.0)),
-    "zeros": lambda q, k, v: (q.zero_(), k.zero_(), v.zero_()),
-    "a needle among thousands": needle,
-    "iid noise": lambda *qkv: [t.normal_(generator=torch.Generator().manual_seed(seed)) for seed, t in enumerate(qkv)],
-    "huge logits": lambda q, k, v: (q.mul_(1e2), k.mul_(1e2)),
-}
-
-
-@pytest.mark.parametrize(("name", "dtype"), list(itertools.product(HARMFUL, [torch.float32, torch.bfloat16])))
-def test_harmful_inputs_give_finite_outputs_and_an_honest_report(name, dtype):
-    q, k, v = tensors(1, 2, 2, 1024, 1024, seed=5)
-    HARMFUL[name](q, k, v)
-    q, k, v = (t.to(dtype) for t in (q, k, v))
-    out, plan = psa.psa_attention(q, k, v, density=0.15, return_plan=True)
-    assert bool(out.isfinite().all()) and bool(plan.error.isfinite().all())
-    exact = dense(q, k, v)
-    true = (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1).clamp(min=1e-9)
-    reported, seen = plan.error[0].double(), true[0]
-    assert bool((reported >= 0.4 * seen - 0.02).all()), f"reported {reported.tolist()}, true {seen.tolist()}"
-
-
-@pytest.mark.parametrize("extreme", [6e4, 1e-30, 1e36])
-def test_extremes_of_bfloat16_stay_finite_and_are_reported(extreme):
-    q, k, v = (t.bfloat16() for t in tensors(1, 1, 1, 512, 512))
-    out, plan = psa.psa_attention(q, k, v * extreme, return_plan=True)
-    assert bool(out.isfinite().all()) and 1e-4 < float(plan.error.max()) < 1.0
-
-
-def test_what_the_report_does_not_see():
-    """The guarantee is statistical: it is about rows like those sampled. Rows that no probe lands on can be wrong.
-
-    A handful of queries that look for one needle each, none of them sampled, come out wrong while the report is calm.
-    """
-    q, k, v = tensors(1, 1, 1, 4096, 4096, seed=2)
-    config = psa.PSAConfig(density=0.05, sort_keys=False)
-    sampled = set(sample_rows(4096, 128, 1, config.probe_rows, 0, q.device).rows.flatten().tolist())
-    hidden = [row for row in range(5, 4096, 1024) if row not in sampled]
-    for place, row in enumerate(hidden):
-        q[0, 0, row] = 0
-        q[0, 0, row, 0] = 30.0
-        k[0, 0, 777 + 900 * place, 0] += 12.0
-        v[0, 0, 777 + 900 * place] = 50.0 * torch.randn(32, generator=torch.Generator().manual_seed(row))
-    out, plan = psa.psa_attention(q, k, v, config=config, return_plan=True)
-    true = relative(out, dense(q, k, v)).item()
-    on_hidden = relative(out[:, :, hidden], dense(q, k, v)[:, :, hidden]).item()
-    assert math.isfinite(true) and true > 1.5 * plan.error.item() and on_hidden > 0.3
 
 
 def test_choices_pack_and_unpack():

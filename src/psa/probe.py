@@ -148,7 +148,8 @@ class _Pyramid:
         for counts in self.counts[1:]:
             sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
             spread = energy / size - sums.square() @ power / size.square()
-            factors.append((0.5 * scale**2 * spread.clamp(min=0)).clamp(max=cap).exp())
+            spread = spread.nan_to_num(nan=torch.inf).clamp(min=0)  # the difference of two infinities
+            factors.append((0.5 * scale**2 * spread).clamp(max=cap).exp())
         return factors
 
     def outputs(self, logits: Tensor, levels: Tensor, factors: list[Tensor], position: Tensor | None) -> Tensor:

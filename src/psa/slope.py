@@ -119,7 +119,8 @@ def slope_correction(
     """
     batch, kv_heads, _, dim = k.shape
     groups, (blocks_q, blocks_k) = q.shape[1] // kv_heads, levels.shape[2:]
-    dtype = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) and not q.is_cuda else q.dtype
+    fits = q.dtype in (torch.float32, torch.float64) or (q.dtype == torch.bfloat16 and q.is_cuda)
+    dtype = q.dtype if fits else torch.float32  # moments of float16 may exceed its range
     index = level_index(levels).clamp(min=0).expand(shares.shape).long()
     step = max(1, CHUNK // (2 * blocks_k * dim * dim))
     missing = blocks_q * block_m - q.shape[2]
