@@ -179,7 +179,7 @@ def _run(
             torch.cuda.reset_peak_memory_stats()
 
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            density = handle.stats["overall_density"] if handle else 1.0
+            density = handle.density if handle else 1.0
             tell(Event("step", index, count, "", step + 1, _steps(pipe, request), density, peak_bytes()))
             return tensors
 

@@ -77,12 +77,13 @@ def read_layout(
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a forward call by name."""
-    names = _parameters(type(model))
+    names = parameters(type(model))
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @lru_cache
-def _parameters(cls: type) -> tuple[str, ...]:
+def parameters(cls: type) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
