@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PSAError
+from .layout import TIMESTEPS
 from .processors import is_open, route
 from .session import SESSIONS, Session
 
@@ -67,10 +68,11 @@ class ReadCall:
         if shapes:
             sizes = list(shapes[0][0] if isinstance(shapes[0], (list, tuple)) and len(shapes[0]) == 1 else shapes[0])
         sizes = sizes if all(isinstance(size, int) for size in sizes) else None
-        timestep = torch.ops.psa.begin(call["timestep"], *tensors, sizes, self.session.id)
-        if "timestep" in kwargs:
-            return args, {**kwargs, "timestep": timestep}
-        place = self.session.arguments.index("timestep")
+        name = next(name for name in TIMESTEPS if call.get(name) is not None)
+        timestep = torch.ops.psa.begin(call[name], *tensors, sizes, self.session.id)
+        if name in kwargs:
+            return args, {**kwargs, name: timestep}
+        place = self.session.arguments.index(name)
         return (*args[:place], timestep, *args[place + 1 :]), kwargs
 
 

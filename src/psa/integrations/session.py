@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Session:
     probes: ProbeState = field(default_factory=ProbeState)
     closed: bool = False
     run: int = -1
+    told: bool = False
     call: int = 0
     place: tuple[int, int] | None = None
     masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
@@ -121,6 +123,8 @@ class Session:
         config = self.schedule.at(step, self.reader.steps, layer)
         key_mask, plain = self._key_mask(mask, q.shape[0], k.shape[1]) if config is not None else (None, False)
         ring = parallel is not None and parallel.ring_degree > 1
+        if not plain and config is not None and not self.closed:
+            self._tell_of_mask()
         if config is None or self.closed or not plain:
             self.stats.count(layer, step)
             if not (ring and exact_ring):
@@ -231,6 +235,12 @@ class Session:
 
     # -- masks -------------------------------------------------------------------------------------------------
 
+    def _tell_of_mask(self) -> None:
+        if not self.told:
+            self.told = True
+            text = "an attention mask that says more than which tokens are padding; such calls stay dense"
+            warnings.warn(f"{self.model_name}: {text}", stacklevel=2)
+
     def _key_mask(self, mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, bool]:
         """(bool [B, L] or None where all tokens are real, whether the mask says no more than that)."""
         if mask is None:
@@ -241,8 +251,13 @@ class Session:
         return found[1], found[2]
 
 
-def _read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, bool]:
-    if mask.ndim not in (2, 3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, batch):
+def _read_mask(mask: Any, batch: int, length: int) -> tuple[Tensor | None, bool]:
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim not in (2, 3, 4)
+        or mask.shape[-1] != length
+        or mask.shape[0] not in (1, batch)
+    ):
         return None, False
     shown = mask if mask.dtype == torch.bool else mask > MASKED / 2
     if mask.dtype != torch.bool and bool((shown & (mask != 0)).any()):
