@@ -156,7 +156,7 @@ class ProbeState:
 
 
 def _facts(choice: Tensor) -> dict[str, Any]:
-    from .auto import CANDIDATES
+    from .candidates import CANDIDATES
 
     candidates, densities, errors, _ = choice.float().flatten(0, -2).cpu().unbind(-1)
     pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
