@@ -13,12 +13,16 @@ from collections import defaultdict
 from pathlib import Path
 
 from render_gpu import aot_table, gpu_picture, gpu_table
+from render_tiny import likeness_table, match_table, tiny_picture, training_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
+TRAINING = ROOT / "src" / "psa" / "tiny" / "model" / "training.json"
 PICTURES = ROOT / "docs" / "pictures"
 RIVALS = ("published topk", "one mean per block")
+ARENAS = ("trained", "synthetic", "held-out")
+TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
 Row = dict
 
 
@@ -72,12 +76,16 @@ def fields_table(rows: list[Row]) -> str:
 
 
 def orders_table(rows: list[Row]) -> str:
+    """Geometric means over the trained heads, and auto's worst head against the better rival."""
     shown = [("published topk", "exact"), ("one mean per block", "exact"), ("p2 variance", "ours"), ("auto", "ours")]
-    lines = ["| order, density | " + " | ".join(f"{m}, {i}" for m, i in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    names = " | ".join(f"{m}, {i}" for m, i in shown)
+    lines = [f"| order, density | {names} | worst head ÷ the better |", "|---" * (len(shown) + 2) + "|"]
     for order, density in (("Gilbert", 0.1), ("Gilbert", 0.15), ("Gilbert", 0.25), ("tile", 0.15), ("raster", 0.15)):
         found = errors(rows, "trained", order, density)
         cells = [f"{mean(list(found[key].values())):.4f}" for key in shown]
-        lines.append(f"| {order}, {density:g} | " + " | ".join(cells) + " |")
+        rivals = [found[key] for key in shown[:2]]
+        worst = max(error / min(rival[head] for rival in rivals) for head, error in found["auto", "ours"].items())
+        lines.append(f"| {order}, {density:g} | " + " | ".join([*cells, f"{worst:.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -90,23 +98,60 @@ def targets_table(rows: list[Row]) -> str:
         "| target | heads | true ≤ 1.2 × target | mean density | median of abs(reported ÷ true − 1) |",
         "|---" * 5 + "|",
     ]
-    by_target = defaultdict(list)
-    for row in targets(rows):
-        by_target[row["target"]].append(row)
-        by_target["all"].append(row)
-    for target, group in by_target.items():
+    groups = defaultdict(list)
+    for row in sorted(targets(rows), key=lambda row: row["target"]):
+        for name in (row["target"], f"all of {row['arena']}", "all"):
+            groups[name].append(row)
+    for name in (*TARGETS, *(f"all of {arena}" for arena in ARENAS), "all"):
+        group = groups[name]
         met = sum(r["error"] <= 1.2 * r["target"] for r in group) / len(group)
         away = sorted(abs(r["reported"] / r["error"] - 1) for r in group if r["kept"] < 1)
         density = sum(r["kept"] for r in group) / len(group)
-        lines.append(f"| {target} | {len(group)} | {met:.0%} | {density:.3f} | {away[len(away) // 2]:.1%} |")
-    return "\n".join([*lines[:2], *sorted(lines[2:])])
+        lines.append(f"| {name} | {len(group)} | {met:.0%} | {density:.3f} | {away[len(away) // 2]:.1%} |")
+    return "\n".join(lines)
+
+
+def held_out_table(rows: list[Row]) -> str:
+    """Fields on which nothing was tuned, one by one."""
+    found = errors(rows, "held-out")
+    topk, one, ours = (found[key] for key in ((RIVALS[0], "exact"), (RIVALS[1], "exact"), ("auto", "ours")))
+    reported = {
+        (row["case"], row["head"]): row["reported"]
+        for row in rows
+        if row["arena"] == "held-out" and row["method"] == "auto" and row["importance"] == "ours"
+    }
+    lines = ["| field | published topk | one mean per block | auto | ÷ the better | reported |", "|---" * 6 + "|"]
+    for head in sorted(ours):
+        better = ours[head] / min(topk[head], one[head])
+        cells = [f"{topk[head]:.4f}", f"{one[head]:.4f}", f"{ours[head]:.4f}", f"{better:.2f}", f"{reported[head]:.4f}"]
+        lines.append(f"| {head[0].removeprefix('field-')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shared_table(rows: list[Row]) -> str:
+    """A layer's error with a budget for each head and with one for all, at equal total density."""
+    lines = ["| layer | importance | density each | density shared | error each | error shared | quotient |"]
+    lines.append("|---" * 7 + "|")
+    found = defaultdict(dict)
+    for row in rows:
+        if row["arena"] == "trained" and row["order"] == "Gilbert" and row.get("density") == 0.15:
+            found[row["case"], row["importance"], row["method"]][row["head"]] = row
+    for case, source in sorted({key[:2] for key in found}):
+        heads = [list(found[case, source, method].values()) for method in ("auto", "auto, shared")]
+        each, shared = (math.sqrt(sum((r["error"] * r["norm"]) ** 2 for r in group)) for group in heads)
+        norm = math.sqrt(sum(r["norm"] ** 2 for r in heads[0]))
+        kept = [f"{sum(r['kept'] for r in group) / len(group):.3f}" for group in heads]
+        cells = [*kept, f"{each / norm:.4f}", f"{shared / norm:.4f}", f"{shared / each:.2f}"]
+        lines.append(f"| {case} | {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def cost_table(rows: list[Row]) -> str:
+    latest = {(row["length"], row["head_dim"]): row for row in rows}
     lines = ["| L, D | a call that probes | amortised over 10 steps | sorting keys | slope |", "|---" * 5 + "|"]
-    for row in rows:
+    for (length, head_dim), row in sorted(latest.items()):
         cells = [f"{row[name]:.1%}" for name in ("probing", "amortised", "sorted keys", "slope")]
-        lines.append(f"| {row['length']}, {row['head_dim']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {length}, {head_dim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -148,10 +193,16 @@ def tables() -> dict[str, str]:
         "fields": fields_table(rows),
         "orders": orders_table(rows),
         "targets": targets_table(rows),
+        "held-out": held_out_table(rows),
+        "shared": shared_table(rows),
         "cost": cost_table(load("probe_cost")),
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),
+        "tiny-match": match_table(load("tiny")),
+        "tiny-curves": likeness_table(load("tiny")),
+        "tiny-heads": methods_table(rows, "tiny"),
+        "tiny-training": training_table(TRAINING),
         "gpu": gpu_table(gpu_rows(), pictures=True),
         "aot": aot_table(load("aot")),
     }
@@ -176,7 +227,7 @@ def calibration_picture(rows: list[Row]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     group = [row for row in targets(rows) if row["kept"] < 1]
     for axis, name in zip(axes, ("target", "reported"), strict=True):
-        for arena, marker in (("trained", "o"), ("synthetic", "x")):
+        for arena, marker in zip(ARENAS, "ox+", strict=True):
             points = [(row[name], row["error"]) for row in group if row["arena"] == arena]
             axis.scatter(*zip(*points, strict=True), marker=marker, s=18, label=arena)
         axis.plot([0.005, 0.2], [0.005, 0.2], color="grey", linewidth=0.8)
@@ -193,6 +244,7 @@ def main() -> None:
     for page in filter(Path.exists, PAGES):
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
+    tiny_picture(RESULTS / "tiny_frames.npz", PICTURES / "tiny.png")
     gpu_picture(gpu_rows(), PICTURES)
 
 

@@ -137,7 +137,7 @@ def make_plan(
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
-    if settings.mask_mode != "auto" or step is None:
+    if settings.mask_mode != "auto" or settings.type == "dense" or step is None:
         probes = None
     choice = probes.choice(layer, step, settings, q) if probes is not None and step is not None else None
     levels, power, caps, pairs, slope, chosen = ops.select(

@@ -37,6 +37,7 @@ def token_order(
             tile_size=config.tile_size,
             state=state,
             key_mask=key_mask,
+            seed=config.seed,
         )
     if config.sort_keys and config.type == "psa":
         permutation = _with_sorted_keys(q, k, key_mask, permutation, config.block_n)
