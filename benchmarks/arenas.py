@@ -1,6 +1,11 @@
-"""The two arenas of the quality benchmark: structured synthetic fields, and q, k, v of a small trained transformer."""
+"""The arenas of the quality benchmark: structured synthetic fields, and q, k, v of two small trained transformers.
+
+An arena is a function from a number of seeds to cases (name, q, k, v, grid). To add one, add it to ``ARENAS``.
+"""
 
 import json
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +16,13 @@ from torch import Tensor
 TRAINED = Path(__file__).parents[1] / "tests" / "data" / "trained_qkv.safetensors"
 SETTINGS = ((1.0, 0.3), (1.0, 1.0), (2.0, 1.0), (2.0, 0.3))
 """(temperature, noise) of the synthetic fields."""
+HELD_OUT = tuple(
+    (temperature, noise, grid)
+    for temperature in (0.7, 1.4, 3.0)
+    for noise in (0.5, 1.6)
+    for grid in ((8, 32, 32), (6, 24, 40))
+)
+"""(temperature, noise, grid) of twelve fields on which nothing was tuned; their seeds start at 100."""
 CHANNELS = 32
 ROTARY = (24, 20, 20)
 
@@ -57,6 +69,43 @@ def trained(path: Path | str = TRAINED) -> list[Case]:
             )
             for name in names
         ]
+
+
+def tiny(steps: tuple[int, ...] = (1, 4, 6), seed: int = 0) -> list[Case]:
+    """Every layer of the bundled model at some of its denoising steps, on one prompt it was not trained on."""
+    from psa import demo
+    from psa.tiny.scenes import sample_scene
+
+    pipe = demo.load_pipeline()
+    scene = str(sample_scene(random.Random(f"arena {seed}"), held_out=True, pairs=1.0))
+    layers = len(pipe.transformer.blocks)
+    # Each step calls the model twice, with the text and without; the first of them is captured.
+    wanted = [2 * layers * step + layer for step in steps for layer in range(layers)]
+    with demo.captured(lambda call: call in wanted) as kept:
+        demo.make_video(pipe, scene, seed)
+    grid = (1 + (demo.FRAMES - 1) // 2, demo.HEIGHT // 8, demo.WIDTH // 8)
+    return [
+        Case(f"step{call // (2 * layers)}-layer{call % layers}", *(x.float() for x in qkv), grid=grid)
+        for call, qkv in zip(wanted, kept, strict=True)
+    ]
+
+
+def tuned_fields(seeds: int) -> Iterator[Case]:
+    for seed in range(seeds):
+        yield from (synthetic(*setting, seed) for setting in SETTINGS)
+
+
+def held_out_fields(seeds: int) -> Iterator[Case]:
+    for number, (temperature, noise, grid) in enumerate(HELD_OUT):
+        yield synthetic(temperature, noise, 100 + number, grid)
+
+
+ARENAS: dict[str, Callable[[int], Iterator[Case]]] = {
+    "trained": lambda seeds: iter(trained()),
+    "synthetic": tuned_fields,
+    "held-out": held_out_fields,
+    "tiny": lambda seeds: iter(tiny()),
+}
 
 
 def _field(grid: tuple[int, int, int], draw: torch.Generator) -> Tensor:

@@ -45,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--head_dim", type=int, choices=(64, 128), default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     q, k, v, grid = layer(options.length, options.head_dim)
@@ -74,8 +75,8 @@ def main() -> None:
         "slope": round((spent["attend"] - spent["attend without slope"]) / spent["dense"], 4),
         **quality.stamp(),
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1))
 

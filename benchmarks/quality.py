@@ -1,6 +1,6 @@
-"""Scores every way of choosing levels on both arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
+"""Scores every way of choosing levels on its arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
 
-    python benchmarks/quality.py [--arena trained|synthetic|all] [--seeds 3] [--quick]
+    python benchmarks/quality.py [--arena trained|synthetic|held-out|tiny|all] [--seeds 3] [--quick]
 
 Errors are ‖o − o*‖ / ‖o*‖ per head against dense attention in float32. "exact" importance is the true softmax mass of
 each block pair; "ours" is what the library estimates. Tables are rendered by ``benchmarks/render.py``.
@@ -10,7 +10,6 @@ import argparse
 import datetime
 import itertools
 import json
-import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,13 +39,8 @@ class Bench:
     mass: Tensor
 
     def plan(self, importance: Tensor | None, **settings) -> psa.Plan:
-        config = psa.PSAConfig(
-            block_m=BLOCK_M,
-            block_n=BLOCK_N,
-            use_rearrange=self.order != "raster",
-            rearrange_method="Gilbert" if self.order == "raster" else self.order,
-            **settings,
-        )
+        order = {"use_rearrange": False} if self.order == "raster" else {"rearrange_method": self.order}
+        config = psa.PSAConfig(**{"block_m": BLOCK_M, "block_n": BLOCK_N, **order, **settings})
         return psa.plan(self.case.q, self.case.k, config, v=self.case.v, grid=self.case.grid, importance=importance)
 
     def ranked(self, importance: Tensor | None, density: float, rest: int) -> psa.Plan:
@@ -87,12 +81,12 @@ def proportional(**settings) -> MAKER:
     return make
 
 
-def published_topk(bench: Bench, importance: Tensor | None, density: float) -> psa.Plan:
+def published_topk(bench: Bench, importance: Tensor | None, density: float, **settings) -> psa.Plan:
     """The published intervals, scaled so that they give ``density``."""
     factor = density / 0.15
     ratios = {level: tuple(min(1.0, b * factor) for b in bounds) for level, bounds in PUBLISHED_RATIOS.items()}
     ratios[0] = (ratios[0][0], 1.0)
-    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios)
+    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios, **settings)
 
 
 def automatic(**settings) -> MAKER:
@@ -101,6 +95,7 @@ def automatic(**settings) -> MAKER:
 
 METHODS: dict[str, MAKER] = {
     "published topk": published_topk,
+    "published topk, similarity cap": lambda b, i, d: published_topk(b, i, d, use_sim_mask=True),
     "published thresholdbound": lambda b, i, d: b.plan(i, mask_mode="thresholdbound", mask_ratios=THRESHOLDS),
     "binary": lambda b, i, d: b.ranked(i, d, 0),
     "one mean per block": lambda b, i, d: b.ranked(i, d, BLOCK_N),
@@ -124,8 +119,14 @@ METHODS: dict[str, MAKER] = {
     "auto, keys unsorted": automatic(sort_keys=False),
     "auto, importance 8x4": automatic(importance_rows=8, importance_cols=4),
     "auto, shared": automatic(share_heads=True),
+    "auto, published tried": automatic(published=True),
+    "auto, probes 192": automatic(probe_rows=192),
 }
 TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
+
+
+ORDERS = dict.fromkeys(arenas.ARENAS, ("Gilbert", "raster", "tile"))
+ORDERS["tiny"] = ("Gilbert", "raster", "tile", "semantic", "hybrid")
 
 
 def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) -> Iterator[dict]:
@@ -184,22 +185,16 @@ def stamp() -> dict:
 
 
 def cases(arena: str, seeds: int) -> Iterator[tuple[str, arenas.Case]]:
-    if arena in ("trained", "all"):
-        yield from (("trained", case) for case in arenas.trained())
-    if arena in ("synthetic", "all"):
-        for seed in range(seeds):
-            yield from (("synthetic", arenas.synthetic(*setting, seed)) for setting in arenas.SETTINGS)
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+    for name in arenas.ARENAS if arena == "all" else (arena,):
+        yield from ((name, case) for case in arenas.ARENAS[name](seeds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arena", choices=("trained", "synthetic", "all"), default="all")
+    parser.add_argument("--arena", choices=(*arenas.ARENAS, "all"), default="all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="Gilbert order and density .15 only")
+    parser.add_argument("--targets", action="store_true", help="target_error too, where methods are named")
     parser.add_argument("--methods", nargs="*", help="names, default all; an empty list leaves target_error only")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -208,10 +203,10 @@ def main() -> None:
     args_out.parent.mkdir(parents=True, exist_ok=True)
     with args_out.open("a") as file:
         for arena, case in cases(options.arena, options.seeds):
-            for order in ("Gilbert",) if options.quick else ("Gilbert", "raster", "tile"):
+            for order in ("Gilbert",) if options.quick else ORDERS[arena]:
                 densities = (0.15,) if options.quick or order != "Gilbert" else (0.1, 0.15, 0.25)
                 bench = open_case(case, order)
-                targets = target_rows(bench) if order == "Gilbert" and not options.methods else ()
+                targets = target_rows(bench) if order == "Gilbert" and (options.targets or not options.methods) else ()
                 for row in itertools.chain(rows(bench, chosen, densities), targets):
                     file.write(json.dumps({"arena": arena, **row, **stamp()}) + "\n")
                 file.flush()

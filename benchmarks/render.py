@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
 PICTURES = ROOT / "docs" / "pictures"
 RIVALS = ("published topk", "one mean per block")
+ARENAS = ("trained", "synthetic", "held-out")
+TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
 Row = dict
 
 
@@ -27,6 +30,11 @@ def load(name: str) -> list[Row]:
 
 def mean(values: list[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values)) if values else math.nan
+
+
+def average(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def errors(rows: list[Row], arena: str, order: str = "Gilbert", density: float = 0.15) -> dict[tuple[str, str], dict]:
@@ -70,12 +78,16 @@ def fields_table(rows: list[Row]) -> str:
 
 
 def orders_table(rows: list[Row]) -> str:
+    """Geometric means over the trained heads, and auto's worst head against the better rival."""
     shown = [("published topk", "exact"), ("one mean per block", "exact"), ("p2 variance", "ours"), ("auto", "ours")]
-    lines = ["| order, density | " + " | ".join(f"{m}, {i}" for m, i in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    names = " | ".join(f"{m}, {i}" for m, i in shown)
+    lines = [f"| order, density | {names} | worst head ÷ the better |", "|---" * (len(shown) + 2) + "|"]
     for order, density in (("Gilbert", 0.1), ("Gilbert", 0.15), ("Gilbert", 0.25), ("tile", 0.15), ("raster", 0.15)):
         found = errors(rows, "trained", order, density)
         cells = [f"{mean(list(found[key].values())):.4f}" for key in shown]
-        lines.append(f"| {order}, {density:g} | " + " | ".join(cells) + " |")
+        rivals = [found[key] for key in shown[:2]]
+        worst = max(error / min(rival[head] for rival in rivals) for head, error in found["auto", "ours"].items())
+        lines.append(f"| {order}, {density:g} | " + " | ".join([*cells, f"{worst:.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -88,23 +100,60 @@ def targets_table(rows: list[Row]) -> str:
         "| target | heads | true ≤ 1.2 × target | mean density | median of abs(reported ÷ true − 1) |",
         "|---" * 5 + "|",
     ]
-    by_target = defaultdict(list)
-    for row in targets(rows):
-        by_target[row["target"]].append(row)
-        by_target["all"].append(row)
-    for target, group in by_target.items():
+    groups = defaultdict(list)
+    for row in sorted(targets(rows), key=lambda row: row["target"]):
+        for name in (row["target"], f"all of {row['arena']}", "all"):
+            groups[name].append(row)
+    for name in (*TARGETS, *(f"all of {arena}" for arena in ARENAS), "all"):
+        group = groups[name]
         met = sum(r["error"] <= 1.2 * r["target"] for r in group) / len(group)
         away = sorted(abs(r["reported"] / r["error"] - 1) for r in group if r["kept"] < 1)
         density = sum(r["kept"] for r in group) / len(group)
-        lines.append(f"| {target} | {len(group)} | {met:.0%} | {density:.3f} | {away[len(away) // 2]:.1%} |")
-    return "\n".join([*lines[:2], *sorted(lines[2:])])
+        lines.append(f"| {name} | {len(group)} | {met:.0%} | {density:.3f} | {away[len(away) // 2]:.1%} |")
+    return "\n".join(lines)
+
+
+def held_out_table(rows: list[Row]) -> str:
+    """Fields on which nothing was tuned, one by one."""
+    found = errors(rows, "held-out")
+    topk, one, ours = (found[key] for key in ((RIVALS[0], "exact"), (RIVALS[1], "exact"), ("auto", "ours")))
+    reported = {
+        (row["case"], row["head"]): row["reported"]
+        for row in rows
+        if row["arena"] == "held-out" and row["method"] == "auto" and row["importance"] == "ours"
+    }
+    lines = ["| field | published topk | one mean per block | auto | ÷ the better | reported |", "|---" * 6 + "|"]
+    for head in sorted(ours):
+        better = ours[head] / min(topk[head], one[head])
+        cells = [f"{topk[head]:.4f}", f"{one[head]:.4f}", f"{ours[head]:.4f}", f"{better:.2f}", f"{reported[head]:.4f}"]
+        lines.append(f"| {head[0].removeprefix('field-')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shared_table(rows: list[Row]) -> str:
+    """A layer's error with a budget for each head and with one for all, at equal total density."""
+    lines = ["| layer | importance | density each | density shared | error each | error shared | quotient |"]
+    lines.append("|---" * 7 + "|")
+    found = defaultdict(dict)
+    for row in rows:
+        if row["arena"] == "trained" and row["order"] == "Gilbert" and row.get("density") == 0.15:
+            found[row["case"], row["importance"], row["method"]][row["head"]] = row
+    for case, source in sorted({key[:2] for key in found}):
+        heads = [list(found[case, source, method].values()) for method in ("auto", "auto, shared")]
+        each, shared = (math.sqrt(sum((r["error"] * r["norm"]) ** 2 for r in group)) for group in heads)
+        norm = math.sqrt(sum(r["norm"] ** 2 for r in heads[0]))
+        kept = [f"{sum(r['kept'] for r in group) / len(group):.3f}" for group in heads]
+        cells = [*kept, f"{each / norm:.4f}", f"{shared / norm:.4f}", f"{shared / each:.2f}"]
+        lines.append(f"| {case} | {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def cost_table(rows: list[Row]) -> str:
+    latest = {(row["length"], row["head_dim"]): row for row in rows}
     lines = ["| L, D | a call that probes | amortised over 10 steps | sorting keys | slope |", "|---" * 5 + "|"]
-    for row in rows:
+    for (length, head_dim), row in sorted(latest.items()):
         cells = [f"{row[name]:.1%}" for name in ("probing", "amortised", "sorted keys", "slope")]
-        lines.append(f"| {row['length']}, {row['head_dim']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {length}, {head_dim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -131,6 +180,48 @@ def cpu_table(rows: list[Row], contenders: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+def match_table(rows: list[Row]) -> str:
+    """How often the checker sees what the prompt says, and a bound of how much rarer by PSA."""
+    by = {method: {row["seed"]: row for row in rows if row["method"] == method} for method in ("dense", "psa")}
+    shared = sorted(by["dense"].keys() & by["psa"].keys())
+    lines = ["| method | videos | attention work | colour | shape | motion | all | below dense by |", "|" + "---|" * 8]
+    for method, found in by.items():
+        chosen = [found[seed] for seed in shared]
+        rates = (f"{average(row[name] for row in chosen):.1%}" for name in ("colour", "shape", "motion", "all"))
+        worse = [by["dense"][seed]["all"] - found[seed]["all"] for seed in shared]
+        bound = average(worse) + 1.645 * (average((x - average(worse)) ** 2 for x in worse) / max(1, len(worse))) ** 0.5
+        below = "" if method == "dense" else f"≤ {100 * bound:.1f} points"
+        work = average(row["measured_density"] for row in chosen)
+        lines.append(f"| {method} | {len(chosen)} | {work:.3f} | {' | '.join(rates)} | {below} |")
+    return "\n".join(lines)
+
+
+def likeness_table(rows: list[Row]) -> str:
+    """PSNR and SSIM to the dense clip by method and density, over the prompts that every setting was run on."""
+    by: dict[tuple[str, float], dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["method"] != "dense":
+            by[row["method"], row["density"]][row["seed"]] = row
+    shared = set.intersection(*map(set, by.values())) if by else set()
+    lines = ["| method | density | videos | PSNR | SSIM | all seen |", "|" + "---|" * 6]
+    for (method, density), found in sorted(by.items(), key=lambda item: (item[0][1], item[0][0])):
+        psnr, ssim, seen = (average(found[seed][name] for seed in shared) for name in ("psnr", "ssim", "all"))
+        lines.append(f"| {method} | {density:g} | {len(shared)} | {psnr:.1f} dB | {ssim:.3f} | {seen:.0%} |")
+    return "\n".join(lines)
+
+
+def training_table() -> str:
+    facts = json.loads((ROOT / "src" / "psa" / "tiny" / "model" / "training.json").read_text())
+    lines = ["| stage | pixels | frames | tokens | batch | steps | clips | loss at the end |", "|" + "---|" * 8]
+    for stage in facts["stages"]:
+        last = [loss for name, _, loss in facts["loss"] if name == stage["name"]][-5:]
+        tokens = (1 + (stage["frames"] - 1) // 2) * (stage["pixels"] // 8) ** 2
+        cells = [stage[name] for name in ("name", "pixels", "frames")] + [tokens]
+        cells += [stage[name] for name in ("batch", "steps", "pool")] + [f"{average(last):.3f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table by the name that pages ask for it."""
     rows, cpu = load("quality"), load("cpu")
@@ -140,10 +231,16 @@ def tables() -> dict[str, str]:
         "fields": fields_table(rows),
         "orders": orders_table(rows),
         "targets": targets_table(rows),
+        "held-out": held_out_table(rows),
+        "shared": shared_table(rows),
         "cost": cost_table(load("probe_cost")),
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),
+        "tiny-match": match_table(load("tiny")),
+        "tiny-curves": likeness_table(load("tiny")),
+        "tiny-heads": methods_table(rows, "tiny"),
+        "tiny-training": training_table(),
     }
 
 
@@ -166,7 +263,7 @@ def calibration_picture(rows: list[Row]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     group = [row for row in targets(rows) if row["kept"] < 1]
     for axis, name in zip(axes, ("target", "reported"), strict=True):
-        for arena, marker in (("trained", "o"), ("synthetic", "x")):
+        for arena, marker in zip(ARENAS, "ox+", strict=True):
             points = [(row[name], row["error"]) for row in group if row["arena"] == arena]
             axis.scatter(*zip(*points, strict=True), marker=marker, s=18, label=arena)
         axis.plot([0.005, 0.2], [0.005, 0.2], color="grey", linewidth=0.8)
@@ -178,11 +275,33 @@ def calibration_picture(rows: list[Row]) -> None:
     figure.savefig(PICTURES / "calibration.svg", metadata={"Date": None})
 
 
+def tiny_picture() -> None:
+    """Frames of one prompt by every method that ``benchmarks/tiny.py --frames`` kept, side by side."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    with np.load(RESULTS / "tiny_frames.npz") as file:
+        prompt, clips = str(file["prompt"]), {name: file[name] for name in file.files if name != "prompt"}
+    count = len(next(iter(clips.values())))
+    figure, axes = plt.subplots(len(clips), count, figsize=(1.7 * count, 1.75 * len(clips)), constrained_layout=True)
+    for row, (name, frames) in zip(axes, clips.items(), strict=True):
+        for axis, frame in zip(row, frames, strict=True):
+            axis.imshow(frame)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=9)
+    figure.suptitle(prompt, fontsize=10)
+    figure.savefig(PICTURES / "tiny.png", dpi=90, metadata={"Software": None})
+
+
 def main() -> None:
     found = tables()
     for page in filter(Path.exists, PAGES):
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
+    tiny_picture()
 
 
 if __name__ == "__main__":

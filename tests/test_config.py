@@ -128,7 +128,7 @@ FAULTS = [
     ("sim_thresholds: {x3: 0.5}", "unknown key"),
     ("tile_size: [2, 8]", "tile_size"),
     ("rearrange_method: gilbrt", "did you mean 'Gilbert'"),
-    ("density: 0.15\n      mask_ratios: {1: [0.0, 0.4]}", "not mask_ratios"),
+    ("density: 0.15\n      mask_ratios: {1: [0.0, 0.4]}", "mask_ratios: auto mode has no use"),
     ("warmup_steps: -1", "warmup_steps: -1 is not a whole number"),
     ("use_rearrange: maybe", "use_rearrange: 'maybe' is not true or false"),
     ("type: sparse", "type: 'sparse' is unknown"),
@@ -181,6 +181,39 @@ def test_replace_switches_modes_as_asked():
     assert base.mask_mode == "thresholdbound"
     assert changed.replace(tau=0.1).density is None and changed.replace(mask_mode="topk").density is None
     assert base.replace(bias="variance").bias_cap == 1.0 and base.replace(block_n=16).tile_n == 16
+
+
+def test_replace_leaves_behind_what_the_new_mode_has_no_use_for():
+    auto = psa.PSAConfig(target_error=0.1, max_density=0.5, probe_rows=64, probe_every=3)
+    assert auto.replace(density=0.2).max_density == 1.0 and auto.replace(density=0.2).probe_rows == 64
+    assert auto.replace(mask_mode="topk") == psa.PSAConfig(mask_mode="topk")
+    ranked = psa.PSAConfig(density=0.2, rank_exponent=3.0, share_heads=True)
+    assert ranked.mask_mode == "proportional" and ranked.replace(target_error=0.1).rank_exponent == 0.0
+    assert ranked.replace(tau=0.1).share_heads is False
+
+
+UNUSED = [
+    *({"mask_mode": "auto", name: value} for name, value in (
+        ("rank_exponent", 3.0), ("exponent", 2.0), ("keep_all", False), ("tau", 0.1), ("bias", "variance"),
+        ("bias_cap", 1.0), ("mask_ratios", {1: (0.0, 0.5), 0: (0.5, 1.0)}), ("max_density", 0.5),
+    )),
+    *({"mask_mode": mode, name: value} for mode in ("topk", "thresholdbound") for name, value in (
+        ("rank_exponent", 3.0), ("exponent", 2.0), ("keep_all", False), ("share_heads", True), ("tau", 0.1),
+        ("density", 0.2), ("probe_rows", 9), ("probe_every", 9), ("probe_drift", 0.9), ("target_error", 0.1),
+        ("max_density", 0.5), ("bias_cap", 1.0),
+    )),
+    *({"mask_mode": "proportional", name: value} for name, value in (
+        ("probe_rows", 9), ("probe_every", 9), ("probe_drift", 0.9), ("target_error", 0.1), ("max_density", 0.5),
+        ("bias_cap", 1.0), ("mask_ratios", {1: (0.0, 0.5), 0: (0.5, 1.0)}),
+    )),
+    {"tau": 0.1, "share_heads": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", UNUSED, ids=str)
+def test_a_field_that_the_mode_has_no_use_for_is_refused_by_name(settings):
+    with pytest.raises(ConfigError, match="|".join(settings.keys() - {"mask_mode"})):
+        psa.PSAConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .config import MASK_MODES
 from .errors import ConfigError, ShapeError
@@ -122,7 +123,7 @@ def allocate_levels(
     if mask_ratios is not None and density is not None:
         raise ConfigError("mask_ratios and density exclude each other; give one")
     mask = mask or BlockMask()
-    caps = None if cap is None else level_index(_per_head(cap, importance.shape[1]))[:, :, None, :]
+    caps = None if cap is None else level_index(per_head(cap, importance.shape[1]))[:, :, None, :]
     shares = normalise(importance, mask.visible)
     if mask_mode in ("proportional", "auto"):
         if (density is None) == (tau is None):
@@ -140,16 +141,23 @@ def allocate_levels(
         index = ranked(shares, mask.visible, mask_mode, check_ratios(mask_ratios, block_n))
         if caps is not None:
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps))
-        index = _apply_mask(index, mask)
+        index = apply_mask(index, mask)
+    return levels_from(index)
+
+
+def levels_from(index: Tensor) -> Tensor:
+    """2**index as uint8, 0 where ``DROPPED``."""
     levels = torch.bitwise_left_shift(torch.ones_like(index), index.clamp(max=7))
     return levels.masked_fill(index == DROPPED, 0).to(torch.uint8)
 
 
-def _per_head(cap: Tensor, heads: int) -> Tensor:
+def per_head(cap: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, N] -> [B, H, N]."""
     return cap.repeat_interleave(heads // cap.shape[1], dim=1)
 
 
-def _apply_mask(index: Tensor, mask: BlockMask) -> Tensor:
+def apply_mask(index: Tensor, mask: BlockMask) -> Tensor:
+    """Level indices with pinned blocks at level 1 and invisible ones dropped."""
     if mask.pinned is not None:
         index = index.masked_fill(mask.pinned, 0)
     if mask.visible is not None:
@@ -230,24 +238,25 @@ def proportional(
     coarsest = int(math.log2(min(block_n, MAX_LEVEL)))
     log_share = log_share + _tie_break(log_share)
 
+    limit = coarsest if keep_all is True else DROPPED
+    if isinstance(keep_all, Tensor):
+        limit = torch.where(keep_all, float(coarsest), float(DROPPED))
+
     def indices(log_tau: Tensor) -> Tensor:
-        index = (log_tau - log_share + 0.5).floor_()
-        index.clamp_(min=0)
-        if keep_all is True:
-            index.clamp_(max=coarsest)
-        else:
-            dropped = index > coarsest
-            kept = False if keep_all is False else dropped & keep_all
-            index.masked_fill_(dropped, DROPPED)
-            if isinstance(kept, Tensor):
-                index.masked_fill_(kept, coarsest)
+        """Level indices as floats; above ``coarsest`` is dropped."""
+        index = (log_tau - log_share + 0.5).floor_().clamp_(min=0)
+        index = torch.minimum(index, limit) if isinstance(limit, Tensor) else index.clamp_(max=limit)
         if caps is not None:
-            index = torch.where(index == DROPPED, index, torch.minimum(index, caps.to(index.dtype)))
-        return _apply_mask(index, mask)
+            index = torch.where(index > coarsest, index, torch.minimum(index, caps.to(index.dtype)))
+        return apply_mask(index, mask)
+
+    def final(log_tau: Tensor) -> Tensor:
+        index = indices(log_tau)
+        return torch.where(index > coarsest, float(DROPPED), index).to(torch.int32)
 
     if tau is not None:
         log_tau = torch.full_like(log_share[..., :1, :1], math.log2(tau))
-        return indices(log_tau).to(torch.int32)
+        return final(log_tau)
 
     assert density is not None  # checked by allocate_levels
     over = (1, 2, 3) if share_heads else (2, 3)
@@ -257,12 +266,11 @@ def proportional(
     high = torch.full_like(total, coarsest + 3.0)
     for _ in range(32):
         middle = 0.5 * (low + high)
-        index = indices(middle)
-        kept = index.neg().exp2_().masked_fill_(index == DROPPED, 0.0).sum(over, keepdim=True)
+        kept = functional.threshold(indices(middle).neg_().exp2_(), 0.75 * 2.0**-coarsest, 0.0).sum(over, keepdim=True)
         fits = kept <= density * total
         high = torch.where(fits, middle, high)
         low = torch.where(fits, low, middle)
-    return indices(high).to(torch.int32)
+    return final(high)
 
 
 def _tie_break(log_share: Tensor) -> Tensor:

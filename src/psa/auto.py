@@ -1,22 +1,20 @@
 """The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
 
-Candidates differ in how importance becomes levels (exponent, dropping or not), in the cap of the variance bias and in
+Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked) and in
 whether the slope correction is added. A head's choice is a row of a table, so everything here stays on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .allocate import BlockMask, allocate_levels
+from .allocate import BlockMask
+from .candidates import CAP, Choice, candidates, constant, levels_of, levels_of_all
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
-CAPS = (1.5,)
-"""Upper bounds of the variance bias, in nats, that candidates choose from."""
 CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
 DROP_HANDICAP = 1.2
@@ -24,52 +22,6 @@ DROP_HANDICAP = 1.2
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One setting of a head. cap: index into ``CAPS``."""
-
-    exponent: float
-    keep_all: bool = True
-    cap: int = 0
-    slope: bool = True
-
-    @property
-    def name(self) -> str:
-        parts = [f"p{self.exponent:g}", "" if self.keep_all else "drop", f"cap{CAPS[self.cap]:g}"]
-        return " ".join(part for part in (*parts, "slope" if self.slope else "") if part)
-
-
-ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False))
-CANDIDATES = tuple(
-    Candidate(exponent, keep, cap, slope)
-    for exponent, keep in ALLOCATIONS
-    for slope in (True, False)
-    for cap in range(len(CAPS))
-)
-"""The first is used where nothing could be measured (a plan made without v)."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen, as tensors [B, H] so that nothing waits for the device.
-
-    candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
-    choice; NaN where nothing was measured).
-    """
-
-    candidate: Tensor
-    density: Tensor
-    error: Tensor
-
-    def pack(self) -> Tensor:
-        """float32 [B, H, 3]."""
-        return torch.stack([self.candidate.float(), self.density, self.error], dim=-1)
-
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "Choice":
-        return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
 
 
 @dataclass(frozen=True)
@@ -90,7 +42,7 @@ class Layer:
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
     def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
-        """Squared errors [B, H, S, C] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
+        """Squared errors [B, H, S, C, 2] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
         assert self.v is not None
         return row_errors(
             self.q,
@@ -128,9 +80,7 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
         choice, curve = choose(layer)
     if choice is None:
         first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
-        choice = Choice(
-            first.long(), first + float(layer.config.density or layer.config.max_density), first + torch.nan
-        )
+        choice = Choice(first.long(), first + float(layer.config.density or 1.0), first + torch.nan)
     levels, shares = lay_out(layer, choice)
     if probing and several:
         error = measure(layer, levels, shares, choice, salt=1)
@@ -139,37 +89,16 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
             levels, shares = lay_out(layer, choice)
             error = measure(layer, levels, shares, choice, salt=2)
         choice = Choice(choice.candidate, choice.density, error)
-    caps = _table(CAPS, _table([c.cap for c in CANDIDATES], choice.candidate))
-    return levels, caps, shares, choice
+    return levels, torch.full_like(choice.density, CAP), shares, choice
 
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
     """Levels, and the shares of the slope correction, that a choice means for every head."""
     if layer.device_levels is None:
-        levels = allocate(layer, layer.importance, layer.mask, choice)
+        levels = levels_of(choice, layer.importance, layer.mask, layer.cap, layer.config)
     else:
-        exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)
-        keep = _table([float(c.keep_all) for c in CANDIDATES], choice.candidate)
-        settings = torch.stack([exponents, keep, choice.density.expand_as(exponents)], dim=-1)
-        levels = layer.device_levels(layer.importance, settings=settings)
-    slope = _table([float(c.slope) for c in CANDIDATES], choice.candidate)
-    return levels, slope_shares(layer.importance, levels, slope)
-
-
-def allocate(layer: Layer, importance: Tensor, mask: BlockMask, choice: Choice) -> Tensor:
-    """Levels of each head by its own candidate and density."""
-    exponents = _table([c.exponent for c in CANDIDATES], choice.candidate)[..., None, None]
-    keep = _table([c.keep_all for c in CANDIDATES], choice.candidate)[..., None, None]
-    return allocate_levels(
-        importance,
-        mask_mode="proportional",
-        density=choice.density[..., None, None],
-        block_n=layer.config.block_n,
-        exponent=exponents,
-        keep_all=keep,
-        cap=layer.cap,
-        mask=mask,
-    )
+        levels = layer.device_levels(layer.importance, settings=choice.settings)
+    return levels, slope_shares(layer.importance, levels, choice.slope)
 
 
 def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = None) -> Tensor:
@@ -213,17 +142,17 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     the error is left open (NaN), to be measured at the density that comes out, and the curve is returned too.
     """
     config = layer.config
-    steps = ladder(config)
+    steps, tried = ladder(config), candidates(config)
     rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
     squared, norms = layer.errors(rows, _scored(layer, rows, steps))
-    squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).unflatten(-1, (len(steps), len(CANDIDATES)))
+    squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
     part = slice(0, None, 2) if len(steps) == 1 and squared.shape[2] > 1 else slice(None)
     chosen_by, norm = squared[:, :, part].sum(2), norms[:, :, part].sum(2)
-    handicap = _constant(tuple(1.0 if c.keep_all else DROP_HANDICAP for c in CANDIDATES), squared.device)
+    handicap = constant(tuple(1.0 if c.keep_all else DROP_HANDICAP for c in tried), squared.device)
     winner = (chosen_by * handicap).argmin(dim=-1, keepdim=True)
     best = chosen_by.gather(-1, winner).squeeze(-1)
     winner = winner.squeeze(-1)
-    densities = _constant(steps, best.device)
+    densities = constant(steps, best.device)
     if len(steps) == 1:
         rest = slice(1, None, 2) if squared.shape[2] > 1 else slice(None)
         error = squared[:, :, rest, 0].sum(2).gather(-1, winner)
@@ -238,14 +167,9 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
 def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> Tensor:
     """The relative error of the plan itself on rows of its own (by ``salt``), [B, H]."""
     rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
-    scored = Scored(
-        _rows_of(levels, rows)[:, :, :, None],
-        _table([c.cap for c in CANDIDATES], choice.candidate)[..., None],
-        _constant(CAPS, levels.device)[None, None],
-        _rows_of(shares, rows)[:, :, :, None],
-    )
+    scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAP)
     squared, norms = layer.errors(rows, scored)
-    return (squared[..., 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
+    return (squared[..., 0, 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
 
 
 def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
@@ -291,22 +215,12 @@ def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: 
 
 
 def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
-    """Every candidate at every density of the ladder, on the sampled query blocks."""
+    """Every candidate's levels at every density of the ladder, on the sampled query blocks."""
     importance = _rows_of(layer.importance, rows)
     mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
-    zero = torch.zeros(importance.shape[:2], device=importance.device)
-    columns, shares = [], []
-    for density in ladder:
-        levels: dict[tuple[float, bool], Tensor] = {}
-        for number, candidate in enumerate(CANDIDATES):
-            key = (candidate.exponent, candidate.keep_all)
-            if key not in levels:
-                levels[key] = allocate(layer, importance, mask, Choice(zero.long() + number, zero + density, zero))
-            columns.append(levels[key])
-            shares.append(slope_shares(importance, levels[key], zero + float(candidate.slope)))
-    caps = _constant(tuple(c.cap for c in CANDIDATES) * len(ladder), importance.device)
-    values = _constant(CAPS, importance.device)[None, None]
-    return Scored(torch.stack(columns, 3), caps.expand(*zero.shape, -1), values, torch.stack(shares, 3))
+    every = [levels_of_all(density, importance, mask, layer.cap, layer.config) for density in ladder]
+    levels = torch.stack([levels for step in every for levels in step], dim=3)
+    return Scored(levels, slope_shares(importance[:, :, :, None], levels), CAP)
 
 
 def _rows_of(x: Tensor, rows: Rows) -> Tensor:
@@ -314,17 +228,3 @@ def _rows_of(x: Tensor, rows: Rows) -> Tensor:
     heads = rows.blocks.shape[0]
     index = rows.blocks[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1])
     return x.expand(-1, heads, -1, -1).gather(2, index)
-
-
-def _table(values: Sequence[float], index: Tensor) -> Tensor:
-    return _constant(tuple(values), index.device)[index]
-
-
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return _made_once(values, type(values[0]), device)
-
-
-@lru_cache(maxsize=64)
-def _made_once(values: tuple[float, ...], kind: type, device: torch.device) -> Tensor:
-    """A small table on the device, so that captured graphs copy nothing from the host. kind: 1 and True hash alike."""
-    return torch.tensor(values, device=device)

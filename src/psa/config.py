@@ -29,6 +29,25 @@ REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid")
 PUBLISHED_RATIOS = {1: (0.0, 0.10), 2: (0.10, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
 DEFAULT_DENSITY = 0.15
 DEFAULT_CAPS = {"count": 0.0, "variance": 1.0, "measured": 20.0}
+RANKED = ("topk", "thresholdbound")
+USED_BY = {
+    "mask_ratios": RANKED,
+    "density": ("proportional", "auto"),
+    "tau": ("proportional",),
+    "exponent": ("proportional",),
+    "rank_exponent": ("proportional",),
+    "keep_all": ("proportional",),
+    "share_heads": ("proportional", "auto"),
+    "bias": (*RANKED, "proportional"),
+    "bias_cap": (*RANKED, "proportional"),
+    "target_error": ("auto",),
+    "max_density": ("auto",),
+    "probe_rows": ("auto",),
+    "probe_every": ("auto",),
+    "probe_drift": ("auto",),
+    "published": ("auto",),
+}
+"""The modes that have a use for a field; elsewhere it must keep its default, so that nothing is silently ignored."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,8 @@ class PSAConfig:
         probe_rows: query rows per head whose exact attention is computed in a call that probes.
         probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
             change of the importance's concentration that ends it sooner.
+        published: in auto mode, also try the published topk and thresholdbound, stretched to the density, on every
+            head. Costs a sort of the importance in every call; benchmarks/quality.py found no head that gains.
         slope: add the first-order term of what averaging loses of the values. Default: True only in auto mode, where
             it is chosen per head.
         sort_keys: sort keys inside KV blocks so that pooled groups are tight (never when causal or with a key mask).
@@ -92,6 +113,7 @@ class PSAConfig:
     probe_rows: int = 48
     probe_every: int = 10
     probe_drift: float = 0.25
+    published: bool = False
     slope: bool | None = None
     sort_keys: bool | None = None
     bias: str = "count"
@@ -129,30 +151,21 @@ class PSAConfig:
             changes = {"mask_mode": "proportional", **changes}
         if "target_error" in changes and self.mask_mode != "auto":
             changes = {"mask_mode": "auto", **changes}
-        fixed = {"bias", "exponent", "keep_all"} & changes.keys() or self.bias != "count"
+        fixed = {"bias", "exponent", "rank_exponent", "keep_all"} & changes.keys() or self.bias != "count"
         if fixed and self.mask_mode == "auto":
             changes = {"mask_mode": "proportional", **changes}
         if "density" in changes and self.mask_mode not in ("proportional", "auto"):
             changes = {"mask_mode": "proportional" if fixed else "auto", **changes}
         mode = changes.get("mask_mode", self.mask_mode)
         if mode != self.mask_mode:
-            changes = {"slope": None, "sort_keys": None, **changes}
-            if mode in ("proportional", "auto"):
-                changes = {"mask_ratios": None, **changes}
-            if mode == "auto":
-                changes = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, **changes}
-            else:
-                changes = {"target_error": None, "max_density": 1.0, **changes}
-        if "tau" in changes and changes["tau"] is not None:
-            changes = {"density": None, **changes}
-        elif changes.get("target_error") is not None:
+            unused = {name: getattr(PSAConfig, name) for name, modes in USED_BY.items() if mode not in modes}
+            changes = {"slope": None, "sort_keys": None, **unused, **changes}
+        if changes.get("tau") is not None or changes.get("target_error") is not None:
             changes = {"density": None, "share_heads": False, **changes}
         elif "density" in changes:
-            changes = {"tau": None, "target_error": None, **changes}
+            changes = {"tau": None, "target_error": None, "max_density": 1.0, **changes}
         if "bias" in changes and "bias_cap" not in changes:
             changes = {"bias_cap": None, **changes}
-        if mode not in ("proportional", "auto"):
-            changes = {"density": None, "tau": None, **changes}
         if "block_n" in changes and "tile_n" not in changes:
             changes = {"tile_n": None, **changes}
         return replace(self, **changes)
@@ -177,46 +190,42 @@ class PSAConfig:
     def _resolve_mode(self) -> None:
         mode = self.mask_mode
         if mode is None:
-            fixed = self.tau is not None or self.bias != "count" or self.exponent != 1.0 or self.keep_all is not True
+            choices = ("tau", "bias", "exponent", "rank_exponent", "keep_all")
+            fixed = any(getattr(self, name) != getattr(PSAConfig, name) for name in choices)
             published = self.mask_ratios is not None and self.density is None
             mode = "topk" if published else "proportional" if fixed else "auto"
         if mode not in MASK_MODES:
             raise ConfigError(f"mask_mode: {mode!r} is unknown{nearest(mode, MASK_MODES)}")
         object.__setattr__(self, "mask_mode", mode)
-        self._check_auto(mode)
-        if mode in ("proportional", "auto"):
-            if self.mask_ratios is not None:
-                raise ConfigError(f"mask_ratios: {mode} mode takes a density, not mask_ratios")
-            if self.density is not None and self.tau is not None:
-                raise ConfigError("tau: a fixed tau and a density exclude each other; give one")
-            if self.density is None and self.tau is None and self.target_error is None:
-                object.__setattr__(self, "density", DEFAULT_DENSITY)
-        else:
-            for name in ("density", "tau"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name}: mask_mode {mode!r} takes mask_ratios, not {name}; use proportional")
-            ratios = PUBLISHED_RATIOS if self.mask_ratios is None else self.mask_ratios
-            object.__setattr__(self, "mask_ratios", check_ratios(ratios, self.block_n))
-
-    def _check_auto(self, mode: str) -> None:
-        """What auto mode decides by itself may not be asked for; what only it can do, not elsewhere."""
         for name in ("slope", "sort_keys"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, mode == "auto")
-        if mode != "auto":
-            if self.target_error is not None or self.max_density != 1.0:
-                raise ConfigError(f"target_error, max_density: only auto mode measures errors, not {mode!r}")
-            return
-        fixed = {"bias": "count", "exponent": 1.0, "keep_all": True, "tau": None, "bias_cap": (None, 0.0)}
-        for name, default in fixed.items():
+        self._check_used(mode)
+        if mode in RANKED:
+            ratios = PUBLISHED_RATIOS if self.mask_ratios is None else self.mask_ratios
+            object.__setattr__(self, "mask_ratios", check_ratios(ratios, self.block_n))
+        elif self.density is None and self.tau is None and self.target_error is None:
+            object.__setattr__(self, "density", DEFAULT_DENSITY)
+
+    def _check_used(self, mode: str) -> None:
+        """Every field that was given must have a use beside the others."""
+        for name, modes in USED_BY.items():
             value = getattr(self, name)
-            if value != default and not (isinstance(default, tuple) and value in default):
-                raise ConfigError(f"{name}: auto mode chooses it per head; {value!r} needs mask_mode='proportional'")
+            if mode not in modes and value != getattr(PSAConfig, name) and (name, value) != ("bias_cap", 0.0):
+                decides = "chooses it per head; " if mode == "auto" and "proportional" in modes else ""
+                valid = " or ".join(repr(mode) for mode in modes)
+                raise ConfigError(f"{name}: {mode} mode {decides}has no use for {value!r}; it belongs to {valid}")
+        if self.tau is not None and (self.density is not None or self.share_heads):
+            raise ConfigError("tau: a fixed tau excludes density and share_heads; give one")
+        if self.bias == "count" and self.bias_cap not in (None, 0.0):
+            raise ConfigError(f"bias_cap: bias 'count' has nothing to cap by {self.bias_cap!r}")
         if self.target_error is not None:
             if self.density is not None or self.share_heads:
                 raise ConfigError("target_error: excludes density and share_heads; it sets each head's density itself")
             if finite("target_error", self.target_error, low=0.0) == 0:
                 raise ConfigError("target_error: 0 is not positive; exact attention is type 'dense'")
+        elif self.max_density != 1.0:
+            raise ConfigError("max_density: bounds what target_error may choose; there is no target_error")
 
     def _check_choices(self) -> None:
         choices = {"bias": BIASES, "importance": IMPORTANCES, "type": ("psa", "dense")}
@@ -228,7 +237,7 @@ class PSAConfig:
             hint = nearest(self.rearrange_method, REARRANGE_METHODS)
             raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
         object.__setattr__(self, "rearrange_method", method)
-        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys"):
+        for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys", "published"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not true or false")
         if not isinstance(self.description, str):

@@ -305,6 +305,7 @@ def _permutation(
         tile_size=config.tile_size,
         state=state,
         key_mask=key_mask,
+        seed=config.seed,
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .allocate import allocate_levels, block_mask, similarity_cap
-from .auto import Choice, Layer, select_auto, slope_shares
+from .auto import Layer, select_auto, slope_shares
 from .backends import choose, planner
 from .backends.base import Selection
+from .candidates import Choice
 from .config import PSAConfig
 from .importance import importance, measured_mass
 from .schedule import level_index
@@ -44,7 +45,7 @@ def select(
     Returns, each empty where the configuration has no use for it:
         levels uint8 [B, H, M, N]; query_power float32 [B, H, D] and bias_cap float32 [B, H] of the variance bias;
         pair_bias float16 [B, H, M, N] of the measured bias; slope float16 [B, H, M, N]; choice float32 [B, H, 4]: the
-        automatic mode's (:class:`psa.auto.Choice`), and the importance's concentration, by which drift is noticed.
+        automatic mode's (:class:`psa.candidates.Choice`), and the importance's concentration, by which drift shows.
     """
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
@@ -82,7 +83,8 @@ def select(
     scored = scored.expand(shape)
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     if config.mask_mode == "auto":
-        allocate = None if device is None else partial(device.plan_levels, q, k, config, caps=cap, **where)
+        plain = device is None or config.published
+        allocate = None if plain else partial(device.plan_levels, q, k, config, caps=cap, **where)
         layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)

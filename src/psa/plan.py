@@ -35,7 +35,7 @@ class Plan:
         pair_bias: float16 [B, H, M, N]; with the measured bias.
         key_mask: bool [B, Lk] in the caller's order.
         slope: float16 [B, H, M, N], importance times N where :mod:`psa.slope` corrects pooled blocks, else 0.
-        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.auto.Choice`.
+        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
         reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
@@ -108,7 +108,7 @@ class Plan:
     @property
     def report(self) -> list[dict[str, Any]]:
         """One row per batch item and head: setting, density asked for and kept, and measured error."""
-        from .auto import CANDIDATES, Choice
+        from .candidates import CANDIDATES, Choice
 
         if self.choice is None:
             return []
@@ -141,18 +141,27 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the caller should know, e.g. that pinned blocks alone exceed the density asked for."""
-        asked = self.config.density if self.config else None
-        if self.config and self.config.target_error is not None and self.choice is not None:
-            missed = int((self.choice[..., 1] > self.config.max_density).sum())
-            heads = self.choice[..., 1].numel()
-            text = f"{missed} of {heads} heads cannot meet error {self.config.target_error:g} and run dense"
-            return [f"{text} (max_density {self.config.max_density:g})"] if missed else []
-        if asked is None or self.density <= asked * 1.02:
-            return []
-        if self.pinned_density > asked:
-            return [f"pinned blocks alone take density {self.pinned_density:.3f}, above the {asked:g} asked for"]
-        return [f"pins and caps allow no less than density {self.density:.3f}, above the {asked:g} asked for"]
+        """What the caller should know: heads that run dense or were not measured, a density that pins exceed."""
+        config, notes = self.config, []
+        if config is None:
+            return notes
+        if self.choice is not None:
+            blind, heads = self.choice[..., 2].isnan(), self.choice[..., 2].numel()
+            if bool(blind.any()):
+                got = "dense attention" if config.target_error is not None else "one fixed setting"
+                text = f"no error is known for {int(blind.sum())} of {heads} heads: the plan was made without v"
+                notes.append(f"{text}, so nothing was probed and they got {got}; pass v to psa.plan")
+            missed = int(((self.choice[..., 1] > config.max_density) & ~blind).sum())
+            if missed and config.target_error is not None:
+                text = f"{missed} of {heads} heads cannot meet error {config.target_error:g} and run dense"
+                notes.append(f"{text} (max_density {config.max_density:g})")
+        if config.density is not None and self.density > config.density * 1.02:
+            rest = f", above the {config.density:g} asked for"
+            if self.pinned_density > config.density:
+                notes.append(f"pinned blocks alone take density {self.pinned_density:.3f}{rest}")
+            else:
+                notes.append(f"pins and caps allow no less than density {self.density:.3f}{rest}")
+        return notes
 
     def histogram(self) -> dict[int, float]:
         """Share of block pairs at each level, skipped (0) included."""

@@ -1,9 +1,9 @@
 """Probes: the exact attention of a few query rows, and the error on them of any number of selections.
 
 A row's output under any selection is a sum over KV blocks of one of a few pieces: the block read at level 1, 2, 4, …
-with one bias or another. The pieces of the sampled rows are computed once; every selection is then a choice among them,
-a product of small matrices. Nothing here runs the attention kernel, nothing waits for the device, and memory is bounded
-by ``CHUNK`` whatever the length.
+The pieces of the sampled rows are computed once, level by level; every selection is then a choice among them, a product
+of small matrices. Nothing here runs the attention kernel, nothing waits for the device, and memory is bounded by
+``CHUNK`` whatever the length.
 """
 
 import math
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .slope import slope_basis
-from .values import MAX_LEVEL
+from .schedule import level_index
+from .slope import FINE, centred_keys, slope_mix
 
 CHUNK = 1 << 26
 """Elements held at a time (256 MB in float32)."""
@@ -54,16 +55,13 @@ class Scored:
     """What is to be scored on the sampled rows, C selections for every head.
 
     Attributes:
-        levels: uint8 [B, H, S, C, N]. caps: int64 [B, H, C], which of ``cap_values`` [B|1, H|1, K] bounds the variance
-        bias. shares: float [B, H, S, C, N], of the slope correction, as in :func:`psa.slope.slope_correction`.
-        pairs: float16 [B, H, S, C, N], measured bias of pooled rows, or None.
+        levels: uint8 [B, H, S, C, N]. shares: float [B, H, S, C, N], of the slope correction, as in
+        :func:`psa.slope.slope_correction`. cap: bound of the variance bias, in nats.
     """
 
     levels: Tensor
-    caps: Tensor
-    cap_values: Tensor
     shares: Tensor
-    pairs: Tensor | None = None
+    cap: float
 
 
 @torch.no_grad()
@@ -84,134 +82,142 @@ def row_errors(
     q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
 
     Returns, in units of the head's largest value:
-        errors float32 [B, H, S, C], norms float32 [B, H, S], sums over the R rows of a query block.
+        errors float32 [B, H, S, C, 2], with the slope correction and without, and norms float32 [B, H, S]; sums over
+        the R rows of a query block.
     """
     batch, heads, _, dim = q.shape
     groups = heads // k.shape[1]
     strata, each = rows.rows.shape[1:]
-    candidates = scored.levels.shape[3]
-    errors = torch.zeros(batch, heads, strata, candidates, device=q.device)
+    count, blocks = scored.levels.shape[3:]
+    errors = torch.zeros(batch, heads, strata, count, 2, device=q.device)
     norms = torch.zeros(batch, heads, strata, device=q.device)
-    levels_count = int(math.log2(min(block_n, MAX_LEVEL))) + 1
-    sets = 1 + scored.cap_values.shape[-1] * (levels_count - 1) + 2
-    row_cost = each * (k.shape[2] * 8 + -(-k.shape[2] // block_n) * (dim + 1) * 2 * sets)
-    step = max(1, CHUNK // row_cost)
+    step = max(1, CHUNK // (each * (k.shape[2] * 8 + blocks * (dim + 1) * 2) + blocks * count * 8))
     power = q.float().square().mean(2)
     for b in range(batch):
         mask = None if key_mask is None else key_mask[b : b + 1]
         for h in range(heads):
-            kv = slice(h // groups, h // groups + 1)
-            pyramid = _Pyramid(k[b : b + 1, kv], v[b : b + 1, kv], block_n, levels_count, mask)
-            cap_values = scored.cap_values.expand(batch, heads, -1)[b, h]
-            bias = pyramid.variance_bias(power[b, h], scale, cap_values)
+            if h % groups == 0:
+                kv = slice(h // groups, h // groups + 1)
+                pyramid = _Pyramid(k[b : b + 1, kv], v[b : b + 1, kv], block_n, mask)
+            bias = pyramid.variance_bias(power[b, h], scale, scored.cap)
             for first in range(0, strata, step):
                 part = slice(first, first + step)
                 index = rows.rows[h, part]
-                queries = q[b, h][index].float()
-                pieces, exact = pyramid.pieces(queries, index, scale, bias, is_causal, q.shape[2])
-                weights = _weights(scored, b, h, part, levels_count)
-                out = weights @ pieces.flatten(0, 1).transpose(0, 1).flatten(2)
-                out = out.unflatten(-1, (each, dim + 1))
-                mass = out[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
-                out = out[..., :-1] / mass + scale * pyramid.slope(queries, scored, b, h, part)
-                errors[b, h, part] = (out - exact[:, None]).square().sum((2, 3))
-                norms[b, h, part] = exact.square().sum((1, 2))
+                queries = scale * q[b, h][index].float()
+                logits = queries.flatten(0, 1) @ pyramid.k.mT
+                position = (index + k.shape[2] - q.shape[2]).flatten()[:, None] if is_causal else None
+                levels, shares = scored.levels[b, h, part], scored.shares[b, h, part]
+                out = pyramid.outputs(logits, levels, bias, position)
+                slope = pyramid.slope(logits, levels, shares)
+                exact = out[:, -1:] / pyramid.top  # squares must not overflow
+                wrong = out[:, :-1] / pyramid.top - exact
+                slope /= pyramid.top
+                errors[b, h, part, :, 0] = (wrong + slope).square().sum((2, 3))
+                errors[b, h, part, :, 1] = wrong.square().sum((2, 3))
+                norms[b, h, part] = exact.square().sum((1, 2, 3))
     return errors, norms
-
-
-def _weights(scored: Scored, b: int, h: int, part: slice, count: int) -> Tensor:
-    """How much of every piece a selection takes, [S, C, P * N]: one (times its pair bias), or none."""
-    levels = scored.levels[b, h, part]
-    index = (levels.float().clamp(min=1).log2()).long()
-    piece = torch.where(index > 0, index + scored.caps[b, h][None, :, None] * (count - 1), 0)
-    amount = (levels > 0).float()
-    if scored.pairs is not None:
-        amount = torch.where(index > 0, amount * scored.pairs[b, h, part].float().exp(), amount)
-    sets = 1 + scored.cap_values.shape[-1] * (count - 1)
-    weights = torch.zeros(*levels.shape[:2], sets, levels.shape[2], device=levels.device)
-    return weights.scatter_(2, piece[:, :, None], amount[:, :, None]).flatten(2)
 
 
 class _Pyramid:
     """One KV head's pooled keys and values in blocks, as probes need them."""
 
-    def __init__(self, k: Tensor, v: Tensor, block_n: int, count: int, mask: Tensor | None) -> None:
-        pad = (0, 0, 0, -k.shape[2] % block_n)
-        real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-        real = torch.nn.functional.pad(real, (0, pad[3]))
-        keys, values = (torch.nn.functional.pad(x.float(), pad) for x in (k, v))
-        values = values.masked_fill(~real[:, None, :, None], 0.0)
-        values = values / values.abs().amax().clamp(min=1e-36)  # errors are relative; their squares must not overflow
-        self.real, self.tokens, self.count = real[0], k.shape[2], count
-        self.k, self.blocks = keys[0, 0], keys.shape[2] // block_n
-        padded = mask is not None or bool(pad[3])
-        self.moments, self.mix = slope_basis(keys, values, block_n, real if padded else None)
-        self.counts = [real[0].float()]
-        values = values[0, 0]
-        self.values = [torch.nn.functional.pad(values, (0, 1), value=1.0).unflatten(0, (self.blocks, -1))]
-        for _ in range(1, count):
-            self.counts.append(self.counts[-1].unflatten(0, (-1, 2)).sum(-1))
-            values = values.unflatten(0, (-1, 2)).sum(1)
-            means = values / self.counts[-1].clamp(min=1)[:, None]
-            self.values.append(torch.nn.functional.pad(means, (0, 1), value=1.0).unflatten(0, (self.blocks, -1)))
+    def __init__(self, k: Tensor, v: Tensor, block_n: int, mask: Tensor | None) -> None:
+        missing = -k.shape[2] % block_n
+        keys, values, real = k.float(), v.float(), None
+        if missing or mask is not None:
+            real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+            real = functional.pad(real, (0, missing))
+            keys, values = (functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
+            keys, values = (x.masked_fill(~real[:, None, :, None], 0.0) for x in (keys, values))
+        self.real, self.tokens, self.k, self.blocks = real, k.shape[2], keys[0, 0], keys.shape[2] // block_n
+        self.top = torch.stack(torch.aminmax(values)).abs().amax().clamp(min=1e-36)
+        self.centred = centred_keys(keys, block_n, real)
+        self.mix = slope_mix(self.centred, real, block_n)[0, 0]
+        self.counts = [keys.new_ones(keys.shape[2]) if real is None else real[0].float()]
+        self.values = [values[0, 0]]
+        for _ in range(1, self.mix.shape[1]):
+            counts, values = self.counts[-1][:, None], self.values[-1]
+            total = _pairs(values if real is None else counts * values, 0)
+            self.counts.append(_pairs(self.counts[-1], 0))
+            self.values.append(total.div_(2.0 if real is None else self.counts[-1][:, None].clamp(min=1)))
 
-    def variance_bias(self, power: Tensor, scale: float, caps: Tensor) -> list[Tensor]:
-        """The factor exp(bias) of every group, [K, groups], for every level above 1 and every cap."""
-        top = self.k.shape[0] // self.counts[-1].shape[0]
-        weight = self.counts[0][:, None]
-        sums = self.k * weight
-        centre = sums.unflatten(0, (-1, top)).sum(1) / self.counts[-1].clamp(min=1)[:, None]
-        sums = (sums - centre.repeat_interleave(top, dim=0)) * weight
+    def variance_bias(self, power: Tensor, scale: float, cap: float) -> list[Tensor]:
+        """The factor exp(bias) of every group, [groups], for every level above 1."""
+        sums, factors = self.centred[0, 0], []
         energy = sums.square() @ power
-        factors = []
         for counts in self.counts[1:]:
-            sums, energy = sums.unflatten(0, (-1, 2)).sum(1), energy.unflatten(0, (-1, 2)).sum(1)
-            spread = energy / counts.clamp(min=1) - sums.square() @ power / counts.clamp(min=1).square()
-            factors.append(torch.minimum(0.5 * scale**2 * spread.clamp(min=0)[None, :], caps[:, None]).exp())
+            sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
+            spread = energy / size - sums.square() @ power / size.square()
+            spread = spread.nan_to_num(nan=torch.inf).clamp(min=0)  # the difference of two infinities
+            factors.append((0.5 * scale**2 * spread).clamp(max=cap).exp())
         return factors
 
-    def pieces(
-        self, queries: Tensor, index: Tensor, scale: float, factors: list[Tensor], is_causal: bool, length_q: int
-    ) -> tuple[Tensor, Tensor]:
-        """Unnormalised outputs with their mass as a last channel, [P, N, S, R, D + 1], and exact outputs [S, R, D]."""
-        shape = queries.shape[:2]
-        logits = (scale * queries).flatten(0, 1) @ self.k.mT
-        position = (index + self.tokens - length_q).flatten()[:, None] if is_causal else None
+    def outputs(self, logits: Tensor, levels: Tensor, factors: list[Tensor], position: Tensor | None) -> Tensor:
+        """Outputs of every selection, and as the last one the exact output: [S, C + 1, R, D].
+
+        logits [S * R, keys], levels [S, C, N], factors of :meth:`variance_bias`.
+        """
+        levels = functional.pad(levels, (0, 0, 0, 1), value=1)
         seen = self._hide(logits, 0, position)
         peak = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        sets = 1 + len(factors[0]) * (self.count - 1)
-        out = queries.new_empty(sets, self.blocks, logits.shape[0], queries.shape[-1] + 1)
-        self._fill(out[0], (seen - peak).exp_(), 0)
-        total = out[0].sum(0)
-        exact = total[:, :-1] / total[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
-        pooled = logits * self.counts[0]
-        for e in range(1, self.count):
-            pooled = pooled.unflatten(-1, (-1, 2)).sum(-1)
-            weight = (self._hide(pooled / self.counts[e].clamp(min=1), e, position) - peak).exp_() * self.counts[e]
-            for number, factor in enumerate(factors[e - 1]):
-                self._fill(out[number * (self.count - 1) + e], weight * factor, e)
-        return out.unflatten(2, shape), exact.unflatten(0, shape)
+        weight = (seen - peak).exp_()
+        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        amount = (levels == 1).float()
+        out, mass = self._sum(weight.div_(total), 0, amount), self._mass(weight, amount)
+        shift, sums = peak + total.log(), logits if self.real is None else logits * self.counts[0]
+        for e, counts in enumerate(self.counts[1:], start=1):
+            sums = _pairs(sums, 1)
+            weight = self._hide(sums / counts.clamp(min=1), e, position)
+            weight = weight.sub_(shift).exp_().mul_(counts * factors[e - 1])
+            amount = (levels == 1 << e).float()
+            out += self._sum(weight, e, amount)
+            mass += self._mass(weight, amount)
+        return out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny)
+
+    def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
+        """The slope correction of every selection, [S, C, R, D], by the logits' spread inside groups."""
+        wanted = (shares.float() / self.blocks)[..., None] * self._mixture(levels)
+        fine = FINE.bit_length() - 1  # FINE is 4: two sums of neighbours
+        top = self.k.shape[0] // self.counts[-1].shape[0]
+        spread = logits.unflatten(-1, (-1, top))
+        if self.real is not None:
+            real = self.counts[0].unflatten(0, (-1, top))
+            means = (spread * real).sum(-1, keepdim=True) / self.counts[-1][:, None].clamp(min=1)
+            spread = (spread - means) * real
+        else:
+            spread = spread - spread.mean(-1, keepdim=True)
+        groups = _pairs(_pairs(spread.flatten(1), 1), 1)
+        return self._sum(spread.flatten(1), 0, wanted[..., 0]) + self._sum(groups, fine, wanted[..., 1])
+
+    def _mixture(self, levels: Tensor) -> Tensor:
+        """What a level takes of the two moments, [S, C, N, 2]."""
+        index = level_index(levels).clamp(min=0).long()
+        return self.mix[torch.arange(self.blocks, device=index.device), index]
 
     def _hide(self, logits: Tensor, e: int, position: Tensor | None) -> Tensor:
-        hidden = self.counts[e] == 0
-        if position is not None:
-            last = ((torch.arange(logits.shape[-1], device=logits.device) + 1) << e).clamp(max=self.tokens) - 1
-            hidden = hidden | (last > position)
-        return logits.masked_fill(hidden, -torch.inf)
+        if self.real is not None:
+            logits = logits.masked_fill(self.counts[e] == 0, -torch.inf)
+        if position is None:
+            return logits
+        last = ((torch.arange(logits.shape[-1], device=logits.device) + 1) << e).clamp(max=self.tokens) - 1
+        return logits.masked_fill(last > position, -torch.inf)
 
-    def _fill(self, out: Tensor, weight: Tensor, e: int) -> None:
-        """Σ over each block's groups of weight · (mean value, 1): weight [rows, groups] into out [N, rows, D + 1]."""
-        torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), self.values[e], out=out)
+    def _sum(self, weight: Tensor, e: int, amount: Tensor) -> Tensor:
+        """Σ over blocks of amount · Σ over each block's groups of weight · mean value: [S, C, R, D].
 
-    def slope(self, queries: Tensor, scored: Scored, b: int, h: int, part: slice) -> Tensor:
-        """q_i C_m of every selection: [S, C, R, D]."""
-        shares, levels = scored.shares[b, h, part].float(), scored.levels[b, h, part]
-        index = levels.float().clamp(min=1).log2().long()
-        mix = self.mix[0, 0].transpose(0, 1)[None, None].expand(*index.shape[:2], -1, -1, -1)
-        weight = mix.gather(2, index[:, :, None, :, None].expand(-1, -1, 1, -1, 2)).squeeze(2)
-        weight = weight * (shares / self.blocks)[..., None]
-        out = torch.zeros((), device=queries.device)
-        for number, moment in enumerate(self.moments):
-            turned = (queries.flatten(0, 1) @ moment[0, 0]).unflatten(1, queries.shape[:2]).transpose(0, 1)
-            out = out + weight[..., number] @ turned.flatten(2)
-        return out.unflatten(-1, queries.shape[1:])
+        weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections.
+        """
+        values = self.values[e].unflatten(0, (self.blocks, -1))
+        piece = torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), values)
+        piece = piece.unflatten(1, (amount.shape[0], -1)).transpose(0, 1)
+        return (amount @ piece.flatten(2)).unflatten(-1, piece.shape[2:])
+
+    def _mass(self, weight: Tensor, amount: Tensor) -> Tensor:
+        """What :meth:`_sum` gives for values of one, [S, C, R]."""
+        blocks = weight.unflatten(-1, (self.blocks, -1)).sum(-1)
+        return amount @ blocks.unflatten(0, (amount.shape[0], -1)).mT
+
+
+def _pairs(x: Tensor, dim: int) -> Tensor:
+    """Sums of neighbours along ``dim``, 0 or 1."""
+    return x[::2] + x[1::2] if dim == 0 else x[:, ::2] + x[:, 1::2]

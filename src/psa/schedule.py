@@ -5,11 +5,8 @@ from torch import Tensor
 
 
 def level_index(levels: Tensor) -> Tensor:
-    """log2 of each level as int32; -1 where a block is skipped. Exact, without a logarithm."""
-    index = torch.full_like(levels, -1, dtype=torch.int32)
-    for exponent in range(8):
-        index.masked_fill_(levels == (1 << exponent), exponent)
-    return index
+    """log2 of each level as int32; -1 where a block is skipped. Exact: a float's exponent bits."""
+    return ((levels.float().view(torch.int32) >> 23) - 127).clamp(min=-1)
 
 
 def build_schedule(levels: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -39,34 +39,42 @@ def slope_basis(
             that lies between the means of groups of FINE.
         mix: float32 [B, Hkv, N, E, 2], zero for level 1; the covariance of level 2**e is ``Σ_i mix[e, i] moments[i]``.
     """
-    top = min(block_n, MAX_LEVEL)
-    pad = -k.shape[2] % block_n
     real = None
+    pad = -k.shape[2] % block_n
     if pad or key_mask is not None:
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = torch.nn.functional.pad(mask, (0, pad))
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
-    groups = k.unflatten(2, (-1, top))
-    count = top if real is None else real.unflatten(1, (-1, top)).sum(-1).clamp(min=1)[:, None, :, None, None]
-    centred = groups - groups.sum(3, keepdim=True) / count
-    if real is not None:
-        centred = centred * real.unflatten(1, (-1, top))[:, None, :, :, None]
-    keys = centred.flatten(2, 3)
+    keys = centred_keys(k, block_n, real)
     fine_keys, fine_values = group_sums(keys, FINE), group_sums(v, FINE)
     if real is None:
         fine_keys = fine_keys / FINE
     else:
         fine_keys = fine_keys / real.unflatten(1, (-1, FINE)).sum(-1).clamp(min=1)[:, None, :, None]
     moments = (_blockwise(keys, v, block_n), _blockwise(fine_keys, fine_values, block_n // FINE))
-    return moments, _mix(keys.detach().float(), real, block_n)
+    return moments, slope_mix(keys.detach().float(), real, block_n)
+
+
+def centred_keys(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
+    """Keys less the mean of the real ones in their coarsest group; zero where not real. k in whole blocks."""
+    top = min(block_n, MAX_LEVEL)
+    groups = k.unflatten(2, (-1, top))
+    if real is None:
+        return (groups - groups.sum(3, keepdim=True) / top).flatten(2, 3)
+    kept = real.unflatten(1, (-1, top))[:, None, :, :, None]
+    count = kept.sum(3, keepdim=True).clamp(min=1)
+    return ((groups - groups.sum(3, keepdim=True) / count) * kept).flatten(2, 3)
 
 
 def _blockwise(a: Tensor, b: Tensor, rows: int) -> Tensor:
     return a.unflatten(2, (-1, rows)).mT @ b.unflatten(2, (-1, rows))
 
 
-def _mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
-    """Weights of the two moments per level, by the share of the keys' spread that lies within its groups."""
+def slope_mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
+    """The ``mix`` of :func:`slope_basis`, by the share of the keys' spread that lies within a level's groups.
+
+    centred: float32 [B, Hkv, Lk, D] of :func:`centred_keys`; real: bool [B, Lk] over whole blocks, None if all are.
+    """
     levels = int(math.log2(min(block_n, MAX_LEVEL))) + 1
     fine = int(math.log2(FINE))
     tokens = None if real is None else real.float()[:, None]
@@ -75,7 +83,7 @@ def _mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
         if e:
             sums = group_sums(sums, 2)
             tokens = None if tokens is None else tokens.unflatten(-1, (-1, 2)).sum(-1)
-        energy = sums.square().sum(-1) / (1 << e if tokens is None else tokens.clamp(min=1))
+        energy = torch.linalg.vector_norm(sums, dim=-1).square() / (1 << e if tokens is None else tokens.clamp(min=1))
         between.append(energy.unflatten(-1, (-1, block_n >> e)).sum(-1))
     within = (between[0][..., None] - torch.stack(between, dim=-1)).clamp(min=0)
     at_fine, at_top = within[..., fine, None], within[..., -1, None]
@@ -111,7 +119,8 @@ def slope_correction(
     """
     batch, kv_heads, _, dim = k.shape
     groups, (blocks_q, blocks_k) = q.shape[1] // kv_heads, levels.shape[2:]
-    dtype = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) and not q.is_cuda else q.dtype
+    fits = q.dtype in (torch.float32, torch.float64) or (q.dtype == torch.bfloat16 and q.is_cuda)
+    dtype = q.dtype if fits else torch.float32  # moments of float16 may exceed its range
     index = level_index(levels).clamp(min=0).expand(shares.shape).long()
     step = max(1, CHUNK // (2 * blocks_k * dim * dim))
     missing = blocks_q * block_m - q.shape[2]

@@ -38,12 +38,13 @@ def reorder(
     tile_size: tuple[int, int, int] = (2, 8, 8),
     state: SemanticState | None = None,
     key_mask: Tensor | None = None,
+    seed: int = 0,
 ) -> tuple[Permutation, SemanticState | None]:
     """The permutation that ``method`` gives for q [B, H, L, D] and k [B, Hkv, L, D], and the state for the next call.
 
     Gilbert and tile look at ``grid`` (T, H, W) only (token t,h,w at (t*H + h)*W + w) and return no state; semantic
     looks at q and k only and may go without a grid; hybrid does both. Text tokens, first or last, keep their places.
-    ``key_mask`` bool [B, L] (True = real token) matters to semantic and hybrid, see ``semantic_permutation``.
+    ``key_mask`` bool [B, L] (True = real token) and ``seed`` matter to those two, see ``semantic_permutation``.
 
     Raises ConfigError for an unknown method, a missing grid or bad settings; ShapeError when T*H*W + text_length != L.
     """
@@ -67,6 +68,7 @@ def reorder(
         text_length=text_length,
         text_position=text_position,
         key_mask=key_mask,
+        seed=seed,
     )
 
 

@@ -1,0 +1,137 @@
+"""The settings that the automatic mode tries on every head, and how a table of choices becomes levels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .allocate import BlockMask, allocate_levels
+from .config import PSAConfig
+from .published import stretched_levels
+
+CAP = 1.5
+"""Upper bound of the variance bias, in nats."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of a head. mode: how importance becomes levels; exponent is of proportional mode."""
+
+    exponent: float = 1.0
+    keep_all: bool = True
+    slope: bool = True
+    mode: str = "proportional"
+
+    @property
+    def allocation(self) -> tuple[str, float, bool]:
+        return self.mode, self.exponent, self.keep_all
+
+    @property
+    def name(self) -> str:
+        kind = f"p{self.exponent:g}" + ("" if self.keep_all else " drop") if self.mode == "proportional" else self.mode
+        return kind + (" slope" if self.slope else "")
+
+
+ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False), (3.0, False))
+PROPORTIONAL = tuple(Candidate(exponent, keep, slope) for exponent, keep in ALLOCATIONS for slope in (True, False))
+"""The first is used where nothing could be measured (a plan made without v)."""
+PUBLISHED = tuple(Candidate(1.0, False, slope, mode) for mode in ("topk", "thresholdbound") for slope in (True, False))
+CANDIDATES = PROPORTIONAL + PUBLISHED
+
+
+def candidates(config: PSAConfig) -> tuple[Candidate, ...]:
+    """What a configuration tries: the first of ``CANDIDATES``. With and without slope correction take turns."""
+    return CANDIDATES if config.published else PROPORTIONAL
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, as tensors [B, H] so that nothing waits for the device.
+
+    candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
+    choice; NaN where nothing was measured).
+    """
+
+    candidate: Tensor
+    density: Tensor
+    error: Tensor
+
+    def pack(self) -> Tensor:
+        """float32 [B, H, 3]."""
+        return torch.stack([self.candidate.float(), self.density, self.error], dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "Choice":
+        return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
+
+    @property
+    def settings(self) -> Tensor:
+        """exponent, keep_all and density, float32 [B, H, 3]."""
+        exponents = table([c.exponent for c in CANDIDATES], self.candidate)
+        keep = table([float(c.keep_all) for c in CANDIDATES], self.candidate)
+        return torch.stack([exponents, keep, self.density.expand_as(exponents)], dim=-1)
+
+    @property
+    def slope(self) -> Tensor:
+        """1 where the slope correction is added, float32 [B, H]."""
+        return table([float(c.slope) for c in CANDIDATES], self.candidate)
+
+
+def levels_of(choice: Choice, importance: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig) -> Tensor:
+    """Levels [B, H, M, N] of each head by its own candidate and density."""
+    density = choice.density[..., None, None]
+    found = allocate_levels(
+        importance,
+        mask_mode="proportional",
+        density=density,
+        block_n=config.block_n,
+        exponent=table([c.exponent for c in CANDIDATES], choice.candidate)[..., None, None],
+        keep_all=table([c.keep_all for c in CANDIDATES], choice.candidate)[..., None, None],
+        cap=cap,
+        mask=mask,
+    )
+    for mode in ("topk", "thresholdbound") if config.published else ():
+        is_mode = table([c.mode == mode for c in CANDIDATES], choice.candidate)[..., None, None]
+        found = torch.where(is_mode, stretched_levels(importance, mode, density, config.block_n, cap, mask), found)
+    return found
+
+
+def levels_of_all(
+    density: float, importance: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig
+) -> list[Tensor]:
+    """Levels [B, H, S, N] of every allocation that ``candidates(config)`` holds, in their order, at one density."""
+    batch, count = importance.shape[0], len(ALLOCATIONS)
+    repeat = lambda x: None if x is None else x if x.shape[0] == 1 else x.repeat(count, *[1] * (x.ndim - 1))  # noqa: E731
+    exponents = constant(tuple(exponent for exponent, _ in ALLOCATIONS), importance.device)
+    keep = constant(tuple(keep for _, keep in ALLOCATIONS), importance.device)
+    found = allocate_levels(
+        importance.repeat(count, 1, 1, 1),
+        mask_mode="proportional",
+        density=density,
+        block_n=config.block_n,
+        exponent=exponents.repeat_interleave(batch)[:, None, None, None],
+        keep_all=keep.repeat_interleave(batch)[:, None, None, None],
+        cap=repeat(cap),
+        mask=BlockMask(repeat(mask.visible), repeat(mask.pinned)),
+    )
+    levels = list(found.unflatten(0, (count, batch)))
+    for mode in ("topk", "thresholdbound") if config.published else ():
+        levels.append(stretched_levels(importance, mode, density, config.block_n, cap, mask))
+    return levels
+
+
+def table(values: Sequence[float], index: Tensor) -> Tensor:
+    """values[index], on the device of ``index``."""
+    return constant(tuple(values), index.device)[index]
+
+
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _made_once(values, type(values[0]), device)
+
+
+@lru_cache(maxsize=64)
+def _made_once(values: tuple[float, ...], kind: type, device: torch.device) -> Tensor:
+    """A small table on the device, so that captured graphs copy nothing from the host. kind: 1 and True hash alike."""
+    return torch.tensor(values, device=device)
