@@ -19,6 +19,8 @@ CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
 DROP_HANDICAP = 1.2
 """Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
+MISSED = 1.1
+"""A head whose measured error is more than so many times ``target_error`` runs dense."""
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
@@ -88,8 +90,18 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
             choice = curve.meeting(target / (error / target).clamp(min=1.0))
             levels, shares = lay_out(layer, choice)
             error = measure(layer, levels, shares, choice, salt=2)
+            missed = ~(error <= MISSED * target)
+            levels, shares = _dense_where(missed, layer, levels, shares)
+            choice, error = choice.dense_where(missed), error.masked_fill(missed, 0.0)
         choice = Choice(choice.candidate, choice.density, error)
     return levels, torch.full_like(choice.density, CAP), shares, choice
+
+
+def _dense_where(missed: Tensor, layer: Layer, levels: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    exact = torch.ones((), dtype=levels.dtype, device=levels.device)
+    exact = exact if layer.mask.visible is None else exact * layer.mask.visible
+    missed = missed[..., None, None]
+    return torch.where(missed, exact, levels), shares.masked_fill(missed, 0.0)
 
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
@@ -175,7 +187,8 @@ def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: 
 def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
     """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target`` [B, H], else 1.
 
-    Errors are made monotone from the right and interpolated linearly in logarithms.
+    Errors are made monotone from the right and interpolated linearly in logarithms; but not up to density 1, where
+    the error falls to zero at once.
     """
     log_target = target[..., None].log()
     curve = errors.clamp(min=1e-9).flip(-1).cummax(-1).values.flip(-1).log()
@@ -185,6 +198,7 @@ def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tenso
     x, y = densities.log().expand_as(curve), curve
     x0, x1, y0, y1 = (t.gather(-1, i) for t in (x, y) for i in (before, first))
     step = ((y0 - log_target) / (y0 - y1).clamp(min=1e-9)).clamp(0, 1)
+    step = step.masked_fill(x1 == 0, 1.0)
     found = torch.where(first == 0, x1, x0 + step * (x1 - x0)).exp()
     return torch.where(meets.any(-1, keepdim=True), found, torch.ones_like(found)).squeeze(-1)
 

@@ -66,6 +66,10 @@ class Choice:
     def unpack(cls, packed: Tensor) -> "Choice":
         return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
 
+    def dense_where(self, where: Tensor) -> "Choice":
+        """Density 1 in some heads [B, H]."""
+        return Choice(self.candidate, self.density.masked_fill(where, 1.0), self.error)
+
     @property
     def settings(self) -> Tensor:
         """exponent, keep_all and density, float32 [B, H, 3]."""
