@@ -174,8 +174,9 @@ class _Pyramid:
             weight = weight.sub_(shift).exp_().mul_(counts)
             amount = (levels == 1 << e).float()
             for (out, mass), factor in zip(found, factors[e - 1], strict=True):
-                out += self._sum(weight * factor, e, amount)
-                mass += self._mass(weight * factor, amount)
+                corrected = weight * factor
+                out += self._sum(corrected, e, amount)
+                mass += self._mass(corrected, amount)
         return [out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny) for out, mass in found]
 
     def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
