@@ -1,9 +1,10 @@
-"""The arenas of the quality benchmark: structured synthetic fields, and q, k, v of a small trained transformer.
+"""The arenas of the quality benchmark: structured synthetic fields, and q, k, v of two small trained transformers.
 
 An arena is a function from a number of seeds to cases (name, q, k, v, grid). To add one, add it to ``ARENAS``.
 """
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,25 @@ def trained(path: Path | str = TRAINED) -> list[Case]:
         ]
 
 
+def tiny(steps: tuple[int, ...] = (1, 4, 6), seed: int = 0) -> list[Case]:
+    """Every layer of the bundled model at some of its denoising steps, on one prompt it was not trained on."""
+    from psa import demo
+    from psa.tiny.scenes import sample_scene
+
+    pipe = demo.load_pipeline()
+    scene = str(sample_scene(random.Random(f"arena {seed}"), held_out=True, pairs=1.0))
+    layers = len(pipe.transformer.blocks)
+    # Each step calls the model twice, with the text and without; the first of them is captured.
+    wanted = [2 * layers * step + layer for step in steps for layer in range(layers)]
+    with demo.captured(lambda call: call in wanted) as kept:
+        demo.make_video(pipe, scene, seed)
+    grid = (1 + (demo.FRAMES - 1) // 2, demo.HEIGHT // 8, demo.WIDTH // 8)
+    return [
+        Case(f"step{call // (2 * layers)}-layer{call % layers}", *(x.float() for x in qkv), grid=grid)
+        for call, qkv in zip(wanted, kept, strict=True)
+    ]
+
+
 def tuned_fields(seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
         yield from (synthetic(*setting, seed) for setting in SETTINGS)
@@ -84,6 +104,7 @@ ARENAS: dict[str, Callable[[int], Iterator[Case]]] = {
     "trained": lambda seeds: iter(trained()),
     "synthetic": tuned_fields,
     "held-out": held_out_fields,
+    "tiny": lambda seeds: iter(tiny()),
 }
 
 

@@ -1,6 +1,6 @@
-"""Scores every way of choosing levels on both arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
+"""Scores every way of choosing levels on its arenas and appends result rows to ``benchmarks/results/quality.jsonl``.
 
-    python benchmarks/quality.py [--arena trained|synthetic|held-out|all] [--seeds 3] [--quick]
+    python benchmarks/quality.py [--arena trained|synthetic|held-out|tiny|all] [--seeds 3] [--quick]
 
 Errors are ‖o − o*‖ / ‖o*‖ per head against dense attention in float32. "exact" importance is the true softmax mass of
 each block pair; "ours" is what the library estimates. Tables are rendered by ``benchmarks/render.py``.
@@ -81,12 +81,12 @@ def proportional(**settings) -> MAKER:
     return make
 
 
-def published_topk(bench: Bench, importance: Tensor | None, density: float) -> psa.Plan:
+def published_topk(bench: Bench, importance: Tensor | None, density: float, **settings) -> psa.Plan:
     """The published intervals, scaled so that they give ``density``."""
     factor = density / 0.15
     ratios = {level: tuple(min(1.0, b * factor) for b in bounds) for level, bounds in PUBLISHED_RATIOS.items()}
     ratios[0] = (ratios[0][0], 1.0)
-    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios)
+    return bench.plan(importance, mask_mode="topk", mask_ratios=ratios, **settings)
 
 
 def automatic(**settings) -> MAKER:
@@ -95,6 +95,7 @@ def automatic(**settings) -> MAKER:
 
 METHODS: dict[str, MAKER] = {
     "published topk": published_topk,
+    "published topk, similarity cap": lambda b, i, d: published_topk(b, i, d, use_sim_mask=True),
     "published thresholdbound": lambda b, i, d: b.plan(i, mask_mode="thresholdbound", mask_ratios=THRESHOLDS),
     "binary": lambda b, i, d: b.ranked(i, d, 0),
     "one mean per block": lambda b, i, d: b.ranked(i, d, BLOCK_N),
@@ -125,6 +126,10 @@ METHODS: dict[str, MAKER] = {
     "auto, blocks 64x64": automatic(block_m=64),
 }
 TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
+
+
+ORDERS = dict.fromkeys(arenas.ARENAS, ("Gilbert", "raster", "tile"))
+ORDERS["tiny"] = ("Gilbert", "raster", "tile", "semantic", "hybrid")
 
 
 def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) -> Iterator[dict]:
@@ -203,7 +208,7 @@ def main() -> None:
     args_out.parent.mkdir(parents=True, exist_ok=True)
     with args_out.open("a") as file:
         for arena, case in cases(options.arena, options.seeds):
-            for order in ("Gilbert",) if options.quick else ("Gilbert", "raster", "tile"):
+            for order in ("Gilbert",) if options.quick else ORDERS[arena]:
                 densities = (0.15,) if options.quick or order != "Gilbert" else (0.1, 0.15, 0.25)
                 bench = open_case(case, order)
                 targets = target_rows(bench) if order == "Gilbert" and (options.targets or not options.methods) else ()

@@ -12,9 +12,13 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from render_gpu import aot_table, gpu_picture, gpu_table
+from render_tiny import likeness_table, match_table, tiny_picture, training_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
+TRAINING = ROOT / "src" / "psa" / "tiny" / "model" / "training.json"
 PICTURES = ROOT / "docs" / "pictures"
 RIVALS = ("published topk", "one mean per block")
 ARENAS = ("trained", "synthetic", "held-out")
@@ -174,6 +178,12 @@ def cpu_table(rows: list[Row], contenders: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+def gpu_rows() -> list[Row]:
+    """Rows of every file that `gpu_check.sh` wrote."""
+    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in load(path.stem)]
+    return [row for row in rows if "kind" in row and "gpu" in row]
+
+
 def tables() -> dict[str, str]:
     """Every table by the name that pages ask for it."""
     rows, cpu = load("quality"), load("cpu")
@@ -189,6 +199,12 @@ def tables() -> dict[str, str]:
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),
+        "tiny-match": match_table(load("tiny")),
+        "tiny-curves": likeness_table(load("tiny")),
+        "tiny-heads": methods_table(rows, "tiny"),
+        "tiny-training": training_table(TRAINING),
+        "gpu": gpu_table(gpu_rows(), pictures=True),
+        "aot": aot_table(load("aot")),
     }
 
 
@@ -228,6 +244,8 @@ def main() -> None:
     for page in filter(Path.exists, PAGES):
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
+    tiny_picture(RESULTS / "tiny_frames.npz", PICTURES / "tiny.png")
+    gpu_picture(gpu_rows(), PICTURES)
 
 
 if __name__ == "__main__":

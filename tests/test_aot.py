@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_every_shipped_kernel_compiles_without_faults(arch):
         if found:
             wrong[variant.name] = found
     assert wrong == {}
+
+
+def test_arguments_that_equal_one_compile():
+    """A launch turns such an argument into a constant, which has fewer methods than a number on the device."""
+    for variant in pick(90, "/wan/"):
+        ones = {name: 1 for name, kind in variant.signature.items() if kind == "i32"}
+        signature = variant.signature | dict.fromkeys(ones, "constexpr")
+        aot.compile_variant(replace(variant, signature=signature, constexprs=variant.constexprs | ones))
 
 
 def test_names_are_unique_and_say_what_they_are():

@@ -1,22 +1,17 @@
 """`psa.enable` on diffusers models and pipelines: exact where it must be, reversible, step and layout read."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 import diffusers
 import tiny_checkpoints as tiny
+from tiny_checkpoints import run, same
 from tiny_models import MODELS, build
 
 import psa
 from psa.errors import ConfigError, PSAError, ShapeError
 from psa.integrations.denoising import Schedule, StepReader
-
-SMALL = dict(width=224, height=208, num_frames=17)
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +28,6 @@ def wan():
 @pytest.fixture(scope="module")
 def cogvideo():
     return tiny.make("cogvideo_5b")
-
-
-def run(pipe, steps=4, **changes):
-    pipe.set_progress_bar_config(disable=True)
-    settings = dict(
-        prompt="a cat", guidance_scale=5.0, num_inference_steps=steps, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **SMALL,
-    )  # fmt: skip
-    return pipe(**{**settings, **changes}).frames
-
-
-def same(a, b, tolerance=1e-4):
-    assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max()
 
 
 # -- exact at density 1, sparse below, dense before and after --------------------------------------------------------
@@ -229,147 +211,6 @@ def test_layout_is_read_and_checked():
 def test_cross_attention_stays_dense_even_at_equal_lengths(wan):
     with psa.enable(wan, density=0.3) as handle:
         assert all("attn2" not in name for name in handle.sessions["transformer"].names)
-
-
-# -- living with diffusers -------------------------------------------------------------------------------------------
-
-
-def test_second_enable_needs_replace_and_nests(wan):
-    dense = run(wan, steps=2)
-    with psa.enable(wan, density=0.2) as outer:
-        sparse = run(wan, steps=2)
-        with pytest.raises(ConfigError, match="replace=True"):
-            psa.enable(wan, density=0.4)
-        with psa.enable(wan, density=1.0, replace=True):
-            same(run(wan, steps=2), dense)
-        assert torch.equal(run(wan, steps=2), sparse)
-        assert outer.stats["sparse_calls"] == 2 * 2 * 2
-    assert torch.equal(run(wan, steps=2), dense)
-    # Any order of ends works.
-    first = psa.enable(wan, density=0.2)
-    second = psa.enable(wan, density=1.0, replace=True)
-    first.disable()
-    same(run(wan, steps=2), dense)
-    second.disable()
-    second.disable()
-    assert type(wan.transformer.blocks[0].attn1.processor) is type(wan.transformer.blocks[0].attn2.processor)
-
-
-def test_two_pipelines_at_once(wan, cogvideo):
-    a, b = run(wan, steps=1), run(cogvideo, steps=1)
-    with psa.enable(wan, density=1.0) as one, psa.enable(cogvideo, density=0.3) as other:
-        same(run(wan, steps=1), a)
-        assert not torch.equal(run(cogvideo, steps=1), b)
-        assert one.stats["density"] == 1.0 > other.stats["density"]
-    assert torch.equal(run(wan, steps=1), a) and torch.equal(run(cogvideo, steps=1), b)
-
-
-@pytest.mark.parametrize("kind", ["wan21_1.3b", "cogvideo_5b"])
-def test_enabled_pipelines_can_be_copied_pickled_and_saved(kind, tmp_path):
-    pipe = tiny.make(kind)
-    plain = run(pipe, steps=2)
-    with psa.enable(pipe, density=0.3, warmup_steps=1):
-        expected = run(pipe, steps=2)
-        twin = copy.deepcopy(pipe)
-        thawed = pickle.loads(pickle.dumps(pipe.transformer))
-        buffer = io.BytesIO()
-        torch.save(pipe.transformer, buffer)
-        pipe.save_pretrained(tmp_path / "saved")
-    assert torch.equal(run(pipe, steps=2), plain)
-    assert torch.equal(run(twin, steps=2), expected)  # a copy keeps its own PSA
-    pipe.transformer = thawed
-    with psa.enable(pipe, density=1.0, replace=True):
-        same(run(pipe, steps=2), plain)
-    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
-    same(run(loaded, steps=2), plain)
-
-
-def test_an_enabled_pipeline_is_freed_when_dropped():
-    import gc
-    import weakref
-
-    pipe = tiny.make("wan21_1.3b")
-    psa.enable(pipe, density=0.3)
-    run(pipe, steps=1)
-    gc.collect()
-    gone = weakref.ref(pipe.transformer)
-    pipe = None
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.parametrize("kind", ["wan21_1.3b", "cogvideo_5b"])
-def test_fused_projections_before_and_after(kind):
-    pipe = tiny.make(kind)
-    dense = run(pipe, steps=1)
-    with psa.enable(pipe, density=1.0) as handle:
-        pipe.transformer.fuse_qkv_projections()
-        same(run(pipe, steps=1), dense)
-        assert handle.stats["sparse_calls"] > 0
-    same(run(pipe, steps=1), dense)
-    with psa.enable(pipe, density=1.0) as handle:
-        same(run(pipe, steps=1), dense)
-        assert handle.stats["sparse_calls"] > 0
-
-
-def test_set_attention_backend_chooses_the_dense_steps(wan):
-    plain = run(wan, steps=2)
-    with psa.enable(wan, density=0.3, warmup_steps=1) as handle:
-        expected = run(wan, steps=2)
-        wan.transformer.set_attention_backend("_native_math")
-        same(run(wan, steps=2), expected)
-        assert handle.stats["sparse_calls"] == 4
-        wan.transformer.reset_attention_backend()
-    dispatch = diffusers.models.attention_dispatch
-    dispatch._AttentionBackendRegistry._active_backend = (
-        dispatch.AttentionBackendName.NATIVE
-    )  # which reset leaves behind
-    assert torch.equal(run(wan, steps=2), plain)
-
-
-def test_cpu_offload_hooks_and_layerwise_casting():
-    pipe = tiny.make("wan21_1.3b")
-    dense = run(pipe, steps=1)
-    from accelerate.hooks import CpuOffload, add_hook_to_module
-
-    add_hook_to_module(pipe.transformer, CpuOffload(execution_device="cpu"))
-    with psa.enable(pipe, density=1.0) as handle:
-        same(run(pipe, steps=1), dense)
-        assert handle.stats["sparse_calls"] > 0
-
-
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
-@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
-def test_compiled_transformers(name, how):
-    if how == "blocks" and name == "cogvideox":
-        pytest.skip("diffusers lists no repeated blocks for CogVideoX")
-    model, call = build(name)
-    torch._dynamo.reset()
-    with psa.enable(model, density=0.4):
-        expected = model(**call, return_dict=False)[0]
-        compiled = model
-        if how == "wrapper":
-            compiled = torch.compile(model, backend="aot_eager")
-        elif how == "in place":
-            model.compile(backend="aot_eager")
-        else:
-            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        same(compiled(**call, return_dict=False)[0], expected)
-    if how == "wrapper":
-        with psa.enable(compiled, density=0.4) as handle:
-            same(compiled(**call, return_dict=False)[0], expected)
-            assert handle.stats["sparse_calls"] > 0
-
-
-def test_gradients_flow_through_an_enabled_model():
-    with torch.inference_mode(False):
-        model, call = build("wan")
-        call["hidden_states"] = call["hidden_states"].clone().requires_grad_()
-        with psa.enable(model, density=1.0):
-            model(**call, return_dict=False)[0].square().sum().backward()
-        grad, call["hidden_states"].grad = call["hidden_states"].grad, None
-        model(**call, return_dict=False)[0].square().sum().backward()
-    same(grad, call["hidden_states"].grad, 1e-3)
 
 
 def test_what_cannot_be_served_is_refused():

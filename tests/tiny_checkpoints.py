@@ -37,6 +37,20 @@ def save(kind: str, folder: Path, **options) -> Path:
     return folder
 
 
+def run(pipe, steps=4, **changes):
+    """The latents that a pipeline makes of one prompt and seed."""
+    pipe.set_progress_bar_config(disable=True)
+    settings = dict(
+        prompt="a cat", guidance_scale=5.0, num_inference_steps=steps, output_type="latent",
+        generator=torch.Generator().manual_seed(0), width=SIZE[0], height=SIZE[1], num_frames=FRAMES,
+    )  # fmt: skip
+    return pipe(**{**settings, **changes}).frames
+
+
+def same(a, b, tolerance=1e-4):
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max()
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     characters = {chr(code): number for number, code in enumerate(range(32, 127), 3)}
     model = models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **characters}, unk_token="<unk>")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -233,40 +234,34 @@ def bench(
 
 @app.command()
 def demo(
-    video: Annotated[
-        Path | None, typer.Option("--video", help="A video of your own instead of the bundled clip.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="A caption of the tiny model's grammar.")] = None,
+    density: Annotated[float, typer.Option("--density", help="Share of dense attention's work that PSA keeps.")] = 0.15,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
     output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("outputs/demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Dense attention against PSA on a real clip's tokens: time, error, and a picture of what was kept."""
+    """A clip by the bundled text-to-video model, with dense attention and with PSA, side by side and in numbers."""
     from dataclasses import asdict
 
     from . import demo as room
+    from .tiny.scenes import GRAMMAR
 
     with progress_bar() as bar:
-        task = bar.add_task("reading the clip", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        result = room.run(video or room.CLIP, output_dir, on_row=show)
+        tasks = {name: bar.add_task(name, total=room.STEPS) for name in ("dense", "psa")}
+        result = room.run(
+            prompt or room.PROMPT, output_dir, density=density, seed=seed,
+            on_step=lambda method, step: bar.update(tasks[method], completed=step),
+        )  # fmt: skip
     if as_json:
         return print_json(asdict(result))
-    t, h, w = result.grid
-    out.print(f"{result.tokens} tokens ({t}×{h}×{w}), dense attention {result.dense_seconds:.2f} s")
-    table = Table("at density 0.15", "density", "relative error", "cosine", "time", "speed-up")
-    for row in room.best_rows(result.rows):
-        table.add_row(
-            row.method,
-            f"{row.density:.3f}",
-            f"{row.error:.4f}",
-            f"{row.cosine:.5f}",
-            f"{row.seconds:.2f} s",
-            f"{row.speedup:.1f}×",
-        )
+    out.print(f"[bold]{result.prompt}[/bold], {result.tokens} video tokens, {room.STEPS} steps")
+    table = Table("", "attention work", "seconds", "shows the prompt")
+    table.add_row("dense", "100 %", f"{result.seconds_dense:.1f}", "yes" if result.seen_dense else "no")
+    table.add_row("PSA", f"{result.density:.1%}", f"{result.seconds_psa:.1f}", "yes" if result.seen_psa else "no")
     out.print(table)
-    out.print(f"picture {result.picture}\nnumbers {result.record}")
+    out.print(f"{result.speedup:.2f}× as fast; PSNR {result.psnr:.1f} dB and SSIM {result.ssim:.3f} to the dense clip")
+    out.print(f"video {result.video}\npicture {result.picture}\nnumbers {result.record}", highlight=False)
+    out.print(f"[dim]Other prompts: psa demo --prompt '…', of the grammar\n{escape(GRAMMAR)}[/dim]", highlight=False)
 
 
 app.command("generate")(generate)

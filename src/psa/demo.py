@@ -1,123 +1,205 @@
-"""`psa demo`: dense attention against PSA on a real clip's tokens, in time and in quality."""
+"""`psa demo`: one prompt of the tiny model's world, generated with dense attention and with PSA, side by side."""
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .clips import CLIP, clip_qkv, read_frames
-from .config import PSAConfig
+from . import tiny
+from .config import PUBLISHED_RATIOS, PSAConfig
+from .errors import PSAError
+from .extras import need
 from .functional import make_plan, psa_attention
-from .measure import cosine, relative_error, timed
 from .pictures import demo_picture
-from .plan import Plan
+from .tiny.checker import matches
+from .tiny.scenes import Scene, parse
+from .video import likeness, to_uint8, write_video
 
-DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.4)
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """One setting on the clip: measured density, relative error (mean over heads), cosine, and time over dense time."""
-
-    method: str
-    density: float
-    error: float
-    cosine: float
-    seconds: float
-    speedup: float
+PROMPT = "a large red circle moving right and a small blue square staying still over waves"
+STEPS, GUIDANCE, FPS = 8, 4.0, 12
+WIDTH, HEIGHT, FRAMES = 128, 128, 33
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    rows: list[DemoRow]
+    """What was made and measured. ``seen_dense`` and ``seen_psa``: whether a checker sees what the prompt says."""
+
+    prompt: str
     tokens: int
-    grid: tuple[int, int, int]
-    dense_seconds: float
+    density: float
+    seconds_dense: float
+    seconds_psa: float
+    speedup: float
+    psnr: float
+    ssim: float
+    seen_dense: bool
+    seen_psa: bool
+    video: Path
     picture: Path
     record: Path
 
 
-def methods(density: float) -> dict[str, PSAConfig]:
-    """The compared settings at one density; all with the same importance and token order."""
-    scale = density / 0.15
-    published = {level: (lo * scale, hi * scale) for level, (lo, hi) in
-                 {1: (0.0, 0.10), 2: (0.10, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35)}.items()}  # fmt: skip
-    exact = (density - 1 / 64) / (1 - 1 / 64)
+def rivals(density: float) -> dict[str, PSAConfig]:
+    """Settings to compare at one density: the library's own, and three ways of spending it that are known."""
+    scale, exact = density / 0.15, (density - 1 / 64) / (1 - 1 / 64)
+    published = {level: (low * scale, high * scale) for level, (low, high) in PUBLISHED_RATIOS.items()}
     return {
-        "binary (keep or drop)": PSAConfig(mask_ratios={1: (0.0, density)}),
+        "psa": PSAConfig(density=density),
         "published topk": PSAConfig(mask_ratios=published),
-        "one mean per dropped block": PSAConfig(mask_ratios={1: (0.0, exact), 64: (exact, 1.0)}),
-        "proportional": PSAConfig(mask_mode="proportional", density=density),
-        "proportional + variance bias": PSAConfig(mask_mode="proportional", density=density, bias="variance"),
-        "automatic (the default)": PSAConfig(density=density),
+        "one mean per block": PSAConfig(mask_ratios={1: (0.0, exact), 64: (exact, 1.0)}),
+        "binary": PSAConfig(mask_ratios={1: (0.0, density)}),
     }
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of loading, which here takes a second."""
+    loggers = [need(f"{name}.utils.logging", "diffusers") for name in ("diffusers", "transformers")]
+    before = [logger.is_progress_bar_enabled() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, enabled in zip(loggers, before, strict=True):
+            if enabled:
+                logger.enable_progress_bar()
+
+
+def load_pipeline(folder: str | Path | None = None) -> Any:
+    """The tiny model as a diffusers pipeline, or another checkpoint of its kind."""
+    with _quiet():
+        pipe = need("diffusers", "diffusers").WanPipeline.from_pretrained(str(folder or tiny.path()))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_video(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    steps: int = STEPS,
+    on_step: Callable[[int], None] = lambda step: None,
+    *,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    frames: int = FRAMES,
+) -> np.ndarray:
+    """A clip of the tiny model, uint8 ``[frames, height, width, 3]``; ``on_step(step)`` after every step."""
+
+    def told(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1)
+        return tensors
+
+    output = pipe(
+        prompt, width=width, height=height, num_frames=frames, num_inference_steps=steps, guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(seed), output_type="np", callback_on_step_end=told,
+    )  # fmt: skip
+    return to_uint8(output.frames[0])
+
+
+def seen(scene: Scene, frames: np.ndarray) -> dict[str, bool]:
+    """What the checker sees of a scene in uint8 frames ``[frames, height, width, 3]``."""
+    return matches(scene, torch.from_numpy(frames).permute(0, 3, 1, 2) / 255)
+
+
+@contextlib.contextmanager
+def captured(wanted: Callable[[int], bool]) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Collects q, k, v ``[batch, heads, tokens, head dim]`` of the dense self-attention calls of wanted numbers."""
+    calls, kept, plain = 0, [], torch.nn.functional.scaled_dot_product_attention
+
+    def recording(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        if query.shape == key.shape:
+            if wanted(calls):
+                kept.append(tuple(x.detach().clone() for x in (query, key, value)))
+            calls += 1
+        return plain(query, key, value, *args, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = recording
+    try:
+        yield kept
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = plain
+
+
 def run(
-    video: str | Path = CLIP,
+    prompt: str = PROMPT,
     output_dir: str | Path = "outputs/demo",
     *,
-    densities: tuple[float, ...] = DENSITIES,
-    heads: int = 4,
-    on_row: Callable[[int, int, str], None] = lambda done, total, name: None,
+    density: float = 0.15,
+    seed: int = 0,
+    steps: int = STEPS,
+    on_step: Callable[[str, int], None] = lambda method, step: None,
 ) -> DemoResult:
-    """Runs every method at every density on 16 frames, then writes ``demo.png`` and ``demo.json``.
+    """Makes the prompt's clip twice from one seed; writes ``demo.mp4``, ``demo.png`` and ``demo.json``.
 
-    ``on_row(done, total, name)`` is called before each setting.
+    Args:
+        prompt: of the grammar :data:`psa.tiny.scenes.GRAMMAR`.
+        density: share of dense attention's work that PSA keeps.
+        on_step: called as ``on_step("dense" or "psa", step)`` after every step of each.
+
+    Raises:
+        ConfigError: with the grammar, for a prompt that is not of it.
     """
-    frames = read_frames(video)
-    q, k, v, grid = clip_qkv(frames, heads=heads)
-    cases = [(density, name, config) for density in densities for name, config in methods(density).items()]
-    on_row(0, len(cases) + 1, "dense attention")
-    exact, dense_seconds = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    psa_attention(q, k, v, config=cases[0][2], grid=grid)  # compiles the CPU engine and computes the token order
-    rows = []
-    for done, (density, name, config) in enumerate(cases, start=1):
-        on_row(done, len(cases) + 1, f"{name} at density {density:g}")
-        rows.append(_score(name, config, q, k, v, exact, grid, dense_seconds))
-    shown = make_plan(q, k, PSAConfig(mask_mode="proportional", density=0.15, bias="variance"), grid=grid)
-    folder = Path(output_dir)
-    picture = _draw(folder / "demo.png", rows, shown, frames, grid)
-    record = _write(folder / "demo.json", rows, grid, dense_seconds, str(video))
-    return DemoResult(rows, q.shape[2], grid, dense_seconds, picture, record)
+    from .integrations import enable
+
+    scene, config = parse(prompt), rivals(density)["psa"]
+    need("matplotlib", "report")
+    folder, pipe = Path(output_dir), load_pipeline()
+    _warm_up(config)
+    blocks = len(pipe.transformer.blocks)
+    middle = 2 * blocks * (steps // 2) + blocks // 2  # a middle layer at the middle step, of the pass with text
+    with captured(lambda call: call == middle) as kept:
+        began = time.perf_counter()
+        dense = make_video(pipe, str(scene), seed, steps, partial(on_step, "dense"))
+        seconds_dense = time.perf_counter() - began
+    with enable(pipe, config=config) as handle:
+        began = time.perf_counter()
+        sparse = make_video(pipe, str(scene), seed, steps, partial(on_step, "psa"))
+        seconds_psa, stats = time.perf_counter() - began, handle.stats
+    alike = likeness(dense, sparse)
+    folder.mkdir(parents=True, exist_ok=True)
+    both = np.concatenate((dense, sparse), axis=2).repeat(3, axis=1).repeat(3, axis=2)
+    write_video(folder / "demo.mp4", both, FPS)
+    _draw(folder / "demo.png", dense, sparse, kept[0], config)
+    result = DemoResult(
+        str(scene), kept[0][0].shape[2], stats["overall_density"], seconds_dense, seconds_psa,
+        seconds_dense / seconds_psa, alike["psnr"], alike["ssim"],
+        seen(scene, dense)["all"], seen(scene, sparse)["all"],
+        folder / "demo.mp4", folder / "demo.png", folder / "demo.json",
+    )  # fmt: skip
+    _write(result, stats)
+    return result
 
 
-def _score(
-    name: str,
-    config: PSAConfig,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    grid: tuple[int, int, int],
-    dense: float,
-) -> DemoRow:
-    (out, plan), taken = timed(lambda: psa_attention(q, k, v, config=config, grid=grid, return_plan=True))
-    error = float(relative_error(out, exact).mean())
-    return DemoRow(name, plan.density, error, cosine(out, exact), taken, dense / taken)
+def _warm_up(config: PSAConfig) -> None:
+    """Compiles the CPU engine, so that its one-time cost is not taken for PSA's."""
+    x = torch.randn(1, 1, 512, 64)
+    psa_attention(x, x, x, config=config)
 
 
-def _draw(path: Path, rows: list[DemoRow], plan: Plan, frames: Tensor, grid: tuple[int, int, int]) -> Path:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(row.method, []).append((row.density, row.error))
-    token = (grid[0] // 2 * grid[1] + grid[1] * 5 // 8) * grid[2] + grid[2] // 4
-    return demo_picture(path, plan, frames, grid, token, head=plan.levels.shape[1] - 1, curves=curves)
+def _draw(
+    path: Path, dense: np.ndarray, sparse: np.ndarray, qkv: tuple[Tensor, Tensor, Tensor], config: PSAConfig
+) -> None:
+    q, k, v = qkv
+    grid = (1 + (FRAMES - 1) // 2, HEIGHT // 8, WIDTH // 8)
+    if q.shape[2] != grid[0] * grid[1] * grid[2]:
+        raise PSAError(f"demo: {q.shape[2]} tokens, expected a grid of {grid}")
+    plan = make_plan(q[:1], k[:1], config, v=v[:1], grid=grid)
+    demo_picture(path, dense, sparse, plan, grid)
 
 
-def _write(path: Path, rows: list[DemoRow], grid: tuple[int, int, int], dense: float, video: str) -> Path:
-    body = {"video": Path(video).name, "grid": grid, "dense_seconds": dense, "threads": torch.get_num_threads()}
-    body |= {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(body, indent=1))
-    partial.replace(path)
-    return path
-
-
-def best_rows(rows: list[DemoRow], density: float = 0.15) -> Iterator[DemoRow]:
-    """The rows nearest to one density, one for each method."""
-    for method in dict.fromkeys(row.method for row in rows):
-        yield min((row for row in rows if row.method == method), key=lambda row: abs(row.density - density))
+def _write(result: DemoResult, stats: dict[str, Any]) -> None:
+    partial = result.record.with_suffix(".partial")
+    body = asdict(result) | {"threads": torch.get_num_threads(), "torch": torch.__version__, "stats": stats}
+    partial.write_text(json.dumps(body, indent=1, default=str))
+    partial.replace(result.record)

@@ -102,9 +102,7 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> list
 
 def load(request: GenerateRequest) -> Any:
     """The pipeline, as the model table and the request want it; on its device, or offloaded."""
-    import torch
-
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = request.place
     dtype = request.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipe = request.checkpoint().load(dtype, bool(request.image))
     known = request.known
@@ -179,7 +177,7 @@ def _run(
             torch.cuda.reset_peak_memory_stats()
 
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            density = handle.stats["overall_density"] if handle else 1.0
+            density = handle.density if handle else 1.0
             tell(Event("step", index, count, "", step + 1, _steps(pipe, request), density, peak_bytes()))
             return tensors
 

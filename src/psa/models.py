@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from . import tiny
 from .config import nearest
 from .errors import ConfigError
 
@@ -12,7 +13,7 @@ class VideoModel:
     """Settings of one known model.
 
     Attributes:
-        hub_id: on the Hugging Face Hub.
+        hub_id: on the Hugging Face Hub; a folder for the bundled model.
         family: ``"wan"`` or ``"cogvideox"``: which sizes and frames the model takes.
         width, height, num_frames, fps: of the video by default.
         guidance_2: of the low-noise expert, where there are two.
@@ -42,6 +43,9 @@ class VideoModel:
 BLADE = ("GYP666/BLADE", "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors")
 
 MODELS = {
+    "tiny": VideoModel(
+        str(tiny.path()), "wan", 128, 128, 33, steps=8, guidance=4.0, fps=12, multiple=16, frame_step=2
+    ),
     "wan21_1.3b": VideoModel("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan", 1280, 720, 69, flow_shift=5.0),
     "wan21_14b": VideoModel(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", 1280, 720, 69, flow_shift=5.0,
@@ -91,6 +95,8 @@ def name_of(target: Any) -> str | None:
         return None
     if getattr(target, "transformer_2", None) is not None:
         return "wan22_a14b"
+    if config.get("patch_size") and tuple(config["patch_size"]) == (1, 1, 1) and config.get("num_layers") == 6:
+        return "tiny"
     if config.get("in_channels") == 48 or getattr(getattr(target, "config", None), "expand_timesteps", False):
         return "wan22_5b"
     return "wan21_14b" if config.get("num_attention_heads", 0) >= 40 else "wan21_1.3b"

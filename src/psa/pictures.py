@@ -78,7 +78,7 @@ def draw_level_matrix(axes: Any, plan: Plan, head: int = 0, batch: int = 0) -> t
     """Levels of one head as a matrix of query blocks × KV blocks; the image and the labels of its colours."""
     levels = plan.levels[batch % plan.levels.shape[0], head % plan.levels.shape[1]]
     cmap, norm, labels = level_colours(min(plan.block_n, MAX_LEVEL))
-    image = axes.imshow(exponents(levels).cpu(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+    image = axes.imshow(exponents(levels).cpu().numpy(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_xlabel("KV block")
     axes.set_ylabel("query block")
     per_head = plan.density_per_head[batch % plan.levels.shape[0], head % plan.levels.shape[1]]
@@ -107,7 +107,7 @@ def draw_level_frames(
     for axis, time in zip(axes, torch.linspace(0, grid[0] - 1, len(axes)).round().int().tolist(), strict=True):
         axis.imshow(frames[time * frames.shape[0] // grid[0]].numpy(), extent=(0, width, height, 0))
         image = axis.imshow(
-            levels[time], cmap=cmap, norm=norm, alpha=0.6, extent=(0, width, height, 0), interpolation="nearest"
+            levels[time].cpu().numpy(), cmap=cmap, norm=norm, alpha=0.6, extent=(0, width, height, 0), interpolation="nearest"
         )
         axis.set_title(f"frame {time}" + (" (query's)" if time == t else ""), fontsize=9)
         axis.set_axis_off()
@@ -130,17 +130,31 @@ def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], 
     axes.legend(fontsize=8)
 
 
-def demo_picture(
-    path: str | Path, plan: Plan, frames: Tensor, grid: tuple[int, int, int], token: int, head: int,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-) -> Path:  # fmt: skip
-    """The demo's page: what one query reads over three frames, one head's level map, and the error–density curves."""
-    plt = _pyplot()
-    figure = plt.figure(figsize=(13, 7.6), constrained_layout=True)
-    cells = figure.add_gridspec(2, 6, height_ratios=(1, 1.25))
-    tops = [figure.add_subplot(cells[0, 2 * i : 2 * i + 2]) for i in range(3)]
-    image, labels = draw_level_frames(tops, plan, frames, grid, token, head)
-    _colour_bar(figure, tops, image, labels)
-    draw_level_matrix(figure.add_subplot(cells[1, :2]), plan, head)
-    draw_curves(figure.add_subplot(cells[1, 2:]), curves, "density (share of dense attention's work)", "relative error")
+def demo_picture(path: str | Path, dense: Any, sparse: Any, plan: Plan, grid: tuple[int, int, int]) -> Path:
+    """The demo's page: frames of both clips (uint8 ``[frames, height, width, 3]``) and their difference, what the token
+    of the first frame's most colourful spot reads in those frames, and one head's level map."""
+    figure = _pyplot().figure(figsize=(13.5, 9.2), constrained_layout=True)
+    columns, last = 6, len(dense) - 1
+    cells = figure.add_gridspec(4, columns + 3)
+    shown = [round(i * last / (columns - 1)) for i in range(columns)]
+    apart = abs(dense.astype("float32") - sparse.astype("float32")).mean(-1)
+    rows = [("dense", dense, {}), ("PSA", sparse, {}), ("difference", apart, {"cmap": "magma", "vmin": 0, "vmax": 64})]
+    for row, (name, frames, style) in enumerate(rows):
+        for column, frame in enumerate(shown):
+            axes = figure.add_subplot(cells[row, column])
+            axes.imshow(frames[frame], **style)
+            axes.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
+            if row == 0:
+                axes.set_title(f"frame {frame}", fontsize=9)
+    colour = torch.from_numpy(dense[0]).float().amax(-1) - torch.from_numpy(dense[0]).float().amin(-1)
+    spots = torch.nn.functional.adaptive_avg_pool2d(colour[None], grid[1:])[0]
+    tops = [figure.add_subplot(cells[3, column]) for column in range(columns)]
+    draw_level_frames(tops, plan, torch.from_numpy(dense), grid, int(spots.argmax()), head=0)
+    tops[0].set_title("what + reads", fontsize=9)
+    image, labels = draw_level_matrix(axes := figure.add_subplot(cells[:2, columns:]), plan)
+    _colour_bar(figure, axes, image, labels)
+    shares = figure.add_subplot(cells[2:, columns:])
+    work = {level: share / max(level, 1) for level, share in plan.histogram().items() if level}
+    shares.bar([str(level) for level in work], [value * 100 for value in work.values()], color="#3b528b")
+    shares.set(xlabel="level (tokens averaged)", ylabel="% of dense attention's work", title="where the compute went")
     return save(figure, path)

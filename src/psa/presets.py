@@ -28,6 +28,7 @@ SECTIONS = {
     "cogvideo_5b": "CogVideo_5b",
     "cogvideo_5b_lora": "CogVideo_5b",
     "qwen2.5-vl": "Qwen2.5_VL",
+    "tiny": "Tiny",
 }
 """Model names of the command line -> sections of the file."""
 SECTION_DEFAULTS = {"cogvideo_5b_lora": "psa_4steps"}

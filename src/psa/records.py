@@ -95,7 +95,7 @@ def memory_advice(request: GenerateRequest) -> str | None:
 
     if request.offload:
         return None
-    if torch.cuda.is_available() and not (request.device or "cuda").startswith("cpu"):
+    if request.place.startswith("cuda"):
         free, place = torch.cuda.mem_get_info()[0], "GPU memory"
     else:
         free, place = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"

@@ -79,6 +79,13 @@ class GenerateRequest:
         hub_id = self.known and ((self.image and self.known.image) or self.known.hub_id)
         return Checkpoint(self.model_path or hub_id or self.model, self.known)
 
+    @property
+    def place(self) -> str:
+        """The device to run on."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
         if self.known or self.preset:
@@ -131,6 +138,7 @@ def check(request: GenerateRequest) -> None:
     for name, degree in request.context_parallel.items():
         if name not in ("ulysses", "ring") or degree < 1:
             raise ConfigError(f"context_parallel: {name}={degree}; expected ulysses=N and/or ring=N")
+    check_device(request)
     if request.image and not Path(request.image).is_file():
         raise ConfigError(f"image: {request.image}: no such file")
     if request.compare and request.dense:
@@ -141,6 +149,22 @@ def check(request: GenerateRequest) -> None:
     checkpoint.check_size(request.width, request.height, request.num_frames)
     lora_file(request.lora_path, request.known.lora if request.known else None)
     check_processes(request)
+
+
+def check_device(request: GenerateRequest) -> None:
+    import torch
+
+    try:
+        kind = torch.device(request.place).type
+    except RuntimeError as error:
+        raise ConfigError(f"device: {request.place!r} is no device; expected cuda, cuda:N or cpu") from error
+    found = torch.accelerator.current_accelerator()
+    if kind not in ("cpu", found.type if found is not None else "cpu"):
+        raise ConfigError(f"device: {request.place!r} is not available; this machine has {found or 'only its CPU'}")
+    if request.offload and kind == "cpu":
+        raise ConfigError(
+            "offload: keeps weights on the CPU until a GPU needs them, and this runs on the CPU; leave it out"
+        )
 
 
 def check_processes(request: GenerateRequest) -> None:

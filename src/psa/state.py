@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,26 @@ from .plan import Plan
 
 @dataclass
 class _Entry:
-    """A layer's last probe: the step, the choice [B, H, 4], and the concentration seen in the latest call."""
+    """A layer's last probe: step and settings, the choice [B, H, 4], and the concentration seen in the latest call."""
 
     step: int
+    settings: str
     choice: Tensor
     latest: Tensor
+    moved: float | None = 0.0
+    """Relative change of the concentration since the probe; None while it waits on the device."""
+
+    def change(self) -> Tensor:
+        return (self.latest / self.choice[..., 3].clamp(min=1e-30) - 1).abs().max()
 
 
 class ProbeState:
     """Choices by (layer, step), both given by the caller and never counted here.
 
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
-    has moved by more than ``probe_drift`` in any head since it was made; then, and for a step before the last probe's,
-    the next plan probes again. Every choice used is kept, so that a run can be replayed bit for bit:
+    has moved by more than ``probe_drift`` in any head since it was made; then, for a step before the last probe's, and
+    under other settings, the next plan probes again. Every choice used is kept (a reused one once), so that a run can
+    be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -47,14 +55,34 @@ class ProbeState:
         if self.replay:
             if key not in self.history:
                 raise PSAError(f"replay: no choice was recorded for layer {key[0]!r} at step {step}")
-            return self.history[key].to(q.device)
+            choice = self.history[key]
+            if choice.shape[:2] != q.shape[:2]:
+                shapes = f"{list(choice.shape[:2])}, not {list(q.shape[:2])}"
+                raise PSAError(f"replay: layer {key[0]!r} was recorded with [batch, heads] = {shapes}")
+            return choice.to(q.device)
         last = self._last.get(key[0])
         if last is None or not 0 <= step - last.step < config.probe_every or last.choice.shape[:2] != q.shape[:2]:
             return None
-        moved = (last.latest / last.choice[..., 3].clamp(min=1e-30) - 1).abs().max()
-        if not float(moved) <= config.probe_drift:
+        if last.settings not in ("", config.key):
             return None
-        return last.choice.to(q.device)
+        if last.moved is None:
+            last.moved = float(last.change())
+        return last.choice.to(q.device) if last.moved <= config.probe_drift else None
+
+    def settle(self) -> None:
+        """Reads how far every layer has drifted in one go; without, each :meth:`choice` waits for the device."""
+        waiting = [entry for entry in self._last.values() if entry.moved is None]
+        if waiting:
+            device = waiting[0].latest.device
+            for entry, moved in zip(
+                waiting, torch.stack([e.change().to(device) for e in waiting]).tolist(), strict=True
+            ):
+                entry.moved = moved
+
+    def clear(self) -> None:
+        """Forgets everything, for a new run; a replaying state keeps what it repeats."""
+        if not self.replay:
+            self.history, self.probed, self._last = {}, [], {}
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None) -> None:
         """Remembers what a plan chose. ``reused`` is what :meth:`choice` gave for it."""
@@ -62,35 +90,34 @@ class ProbeState:
             return
         name, _ = key = _key(layer, step)
         if reused is None:
-            self._last[name] = _Entry(step, plan.choice, plan.choice[..., 3])
+            settings = "" if plan.config is None else plan.config.key
+            self._last[name] = _Entry(step, settings, plan.choice, plan.choice[..., 3])
+            if key in self.history:
+                self.probed = [other for other in self.probed if other != key]
             self.probed.append(key)
         else:
-            self._last[name].latest = plan.choice[..., 3]
+            last = self._last[name]
+            last.latest, last.moved = plan.choice[..., 3], None
         self.history[key] = self._last[name].choice
 
     def stats(self) -> list[dict[str, Any]]:
-        """One row per layer and step: mean density asked for, mean and worst measured error, and whether it probed."""
-        probed = set(self.probed)
-        rows = []
-        for (layer, step), choice in sorted(self.history.items()):
-            error = choice[..., 2].float()
-            rows.append(
-                {
-                    "layer": layer,
-                    "step": step,
-                    "density": float(choice[..., 1].mean()),
-                    "error": float(error.mean()),
-                    "worst_error": float(error.max()),
-                    "probed": (layer, step) in probed,
-                }
-            )
-        return rows
+        """One row per layer and step: how many heads chose each setting, mean density asked for, mean and worst
+        measured error, and whether it probed."""
+        probed, read = set(self.probed), {id(choice): choice for choice in self.history.values()}
+        facts = {name: _facts(choice) for name, choice in read.items()}
+        return [
+            {"layer": layer, "step": step, **facts[id(choice)], "probed": (layer, step) in probed}
+            for (layer, step), choice in sorted(self.history.items())
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; float32 values survive exactly. NaN, where nothing was measured, becomes None."""
+        used: dict[tuple[str, int], tuple[Tensor, list[int]]] = {}
+        for (layer, step), choice in self.history.items():
+            used.setdefault((layer, id(choice)), (choice, []))[1].append(step)
         choices = [
-            {"layer": layer, "step": step, "shape": list(choice.shape), "values": _plain(choice)}
-            for (layer, step), choice in self.history.items()
+            {"layer": layer, "steps": steps, "shape": list(choice.shape), "values": _plain(choice)}
+            for (layer, _), (choice, steps) in used.items()
         ]
         return {"choices": choices, "probed": [list(key) for key in self.probed]}
 
@@ -102,13 +129,13 @@ class ProbeState:
             for item in data["choices"]:
                 values = [math.nan if value is None else value for value in item["values"]]
                 choice = torch.tensor(values, dtype=torch.float32).view(item["shape"])
-                state.history[_key(item["layer"], item["step"])] = choice
+                state.history |= {_key(item["layer"], step): choice for step in item["steps"]}
             state.probed = [_key(*item) for item in data["probed"]]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
         for key in state.probed:
             if key in state.history:
-                state._last[key[0]] = _Entry(key[1], state.history[key], state.history[key][..., 3])
+                state._last[key[0]] = _Entry(key[1], "", state.history[key], state.history[key][..., 3])
         return state
 
     def save(self, path: str | Path) -> None:
@@ -126,6 +153,20 @@ class ProbeState:
         except (OSError, ValueError) as error:
             raise PSAError(f"{path}: not a saved probe state ({error})") from error
         return cls.from_dict(data, replay=replay)
+
+
+def _facts(choice: Tensor) -> dict[str, Any]:
+    from .candidates import CANDIDATES
+
+    candidates, densities, errors, _ = choice.float().flatten(0, -2).cpu().unbind(-1)
+    pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
+    settings = Counter("dense" if density >= 1 else CANDIDATES[round(number)].name for number, density in pairs)
+    return {
+        "settings": dict(settings),
+        "density": float(densities.mean()),
+        "error": float(errors.mean()),
+        "worst_error": float(errors.max()),
+    }
 
 
 def _key(layer: object, step: object) -> tuple[str, int]:

@@ -18,6 +18,9 @@ from ..errors import ConfigError
 DensitySchedule = Callable[[int, int], float | None] | Sequence[float | None]
 NEAR = 0.02
 """Share of the largest timestep by which a call's timestep may differ from the scheduler's, e.g. by rounding."""
+READINGS = ((0.0, 1.0), (0.0, 1e-3), (1.0, -1e-3))
+"""What models are sent for a scheduler's timestep t, as (a, b) of a + b t: t, a fraction, or (Lumina 2, Z-Image) its
+complement to 1."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class StepReader:
     run: int = 0
     _source: Tensor | None = field(default=None, repr=False)
     _table: list[float] = field(default_factory=list, repr=False)
-    _factor: float | None = field(default=None, repr=False)
+    _reading: tuple[float, float] | None = field(default=None, repr=False)
     _seen: list[float] = field(default_factory=list, repr=False)
 
     def read(self, timestep: Any, scheduler: Any = None) -> int:
@@ -97,7 +100,7 @@ class StepReader:
         """
         times = getattr(scheduler, "timesteps", None)
         if isinstance(times, Tensor) and times is not self._source and times.numel():
-            self._source, self._factor = times, None
+            self._source, self._reading = times, None
             self._table = list(dict.fromkeys(times.flatten().tolist()))
             self._begin()
         value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
@@ -117,20 +120,21 @@ class StepReader:
         self._seen = []
 
     def _look_up(self, value: float, dtype: torch.dtype, scheduler: Any) -> int | None:
-        """Place among the scheduler's timesteps, as the pipeline may have rounded them and divided them by 1000."""
-        best: tuple[float, float, list[int]] | None = None
-        for factor in (1.0, 1e-3) if self._factor is None else (self._factor,):
-            sent = (torch.tensor(self._table, dtype=torch.float64).to(dtype) * factor).double()
+        """Place among the scheduler's timesteps, as the pipeline may have rounded, divided or turned them."""
+        found = []
+        for reading in READINGS if self._reading is None else (self._reading,):
+            start, factor = reading
+            sent = (start + torch.tensor(self._table, dtype=torch.float64).to(dtype) * factor).double()
             distance = (sent - value).abs() / sent.abs().max().clamp(min=1e-12)
             nearest = float(distance.min())
-            if best is None or nearest < best[0]:
-                tied = (distance <= nearest + 2 * torch.finfo(dtype).eps * (factor != 1)).nonzero().flatten().tolist()
-                best = (nearest, factor, tied)
-        assert best is not None
-        distance, self._factor, tied = best
-        if distance > NEAR:
-            self._factor = None
+            tied = (distance <= nearest + 2 * torch.finfo(dtype).eps * (factor != 1)).nonzero().flatten().tolist()
+            if nearest <= NEAR:
+                # Readings are settled by the first call of a run: the one that makes it the first step is believed.
+                found.append(((tied[0] > 0, start != 0, nearest), reading, tied))
+        if not found:
+            self._reading = None
             return None
+        _, self._reading, tied = min(found)
         if len(tied) == 1:
             return tied[0]
         # Rounding made neighbours equal: the scheduler's own counter tells which one it is.

@@ -5,12 +5,11 @@ Models that go through diffusers' dispatcher get a backend registered there. Pro
 No file, class or global setting of diffusers is changed; :meth:`Handle.disable` puts the processors back.
 """
 
-import re
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
@@ -18,17 +17,17 @@ from .. import models, presets
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAError
 from ..functional import resolve_config
+from ..state import ProbeState
 from .denoising import DensitySchedule, Schedule, StepReader
-from .layout import Layout
-from .processors import is_open, is_routed, route
-from .session import Session, summary
-
-NOT_SELF = re.compile(r"(^|\.)(attn2|.*cross.*|.*audio.*|.*text.*|.*context.*|.*refiner.*|.*pose.*)(\.|$)")
-"""Attention modules that are not the self-attention of the video: matched against their qualified names."""
+from .hooks import ReadCall, attach, layers, unwrap
+from .layout import Layout, parameters
+from .processors import is_open, is_routed
+from .session import Session
+from .stats import measured, summary
 
 
 def supports(target: object) -> bool:
-    return isinstance(_unwrap(target), (DiffusionPipeline, ModelMixin))
+    return isinstance(unwrap(target), (DiffusionPipeline, ModelMixin))
 
 
 def enable_model(
@@ -47,6 +46,7 @@ def enable_model(
     layout: Layout | None = None,
     attention_config: str | None = None,
     backend: str = "auto",
+    replay: ProbeState | str | Path | None = None,
     replace: bool = False,
 ) -> "Handle":
     """Switches PSA on in a diffusers pipeline (all of its transformers) or model, until the handle disables it.
@@ -63,20 +63,22 @@ def enable_model(
         layout: how the tokens are made up, instead of reading it from the model.
         attention_config: a presets file laid over the built-in one.
         backend: as in :func:`psa.psa_attention`.
+        replay: choices of the automatic mode from an earlier run (``handle.probe_state``, or the file it was saved to),
+            to be used again instead of probing.
         replace: on an enabled model, take over until disabled instead of raising.
 
     Raises:
         ConfigError: settings that are not valid, or a model that is enabled already.
         PSAError: a model without attention layers that PSA can serve.
     """
-    target_model = _unwrap(target)
+    target_model = unwrap(target)
     settings = _settings(target_model, preset, config, density, attention_config)
-    found = {name: model for name, model in _transformers(target) if any(_layers(_unwrap(model)))}
+    found = {name: model for name, model in _transformers(target) if any(layers(unwrap(model)))}
     if not found:
         raise PSAError(f"enable: {type(target_model).__name__} has no transformer with self-attention layers")
     if not replace:
         for model in found.values():
-            if any(is_open(attn.processor) for _, attn in _layers(_unwrap(model))):
+            if any(is_open(attn.processor) for _, attn in layers(unwrap(model))):
                 raise ConfigError("enable: PSA is on already; disable its handle first, or pass replace=True")
     _check(
         dense_first_frames=dense_first_frames, dense_last_frames=dense_last_frames, dense_last_steps=dense_last_steps
@@ -89,12 +91,13 @@ def enable_model(
     reader = StepReader()
     sessions = {}
     for name, model in found.items():
-        names = [layer for layer, _ in _layers(_unwrap(model))]
+        names = [layer for layer, _ in layers(unwrap(model))]
         schedule = Schedule(settings, warmup, dense_last_steps, _indices(dense_layers, names), density_schedule)
         _check_schedule(schedule)
         sessions[name] = Session(
-            schedule, reader, type(_unwrap(model)).__name__, names, text_position, layout,
-            (dense_first_frames, dense_last_frames), backend, getattr(target, "scheduler", None), pipeline,
+            schedule, reader, type(unwrap(model)).__name__, names, text_position, layout,
+            (dense_first_frames, dense_last_frames), backend, getattr(target, "scheduler", None), pipeline, part=name,
+            arguments=parameters(type(unwrap(model))), probes=_replaying(replay, settings, name),
         )  # fmt: skip
     return Handle(found, sessions)
 
@@ -107,7 +110,7 @@ class Handle:
         self._models = found
         self._hooks = []
         for name, model in found.items():
-            attach(_unwrap(model), sessions[name], stacked=True)
+            attach(unwrap(model), sessions[name], stacked=True)
             self._hooks.append(model.register_forward_pre_hook(ReadCall(sessions[name]), with_kwargs=True))
 
     @property
@@ -119,12 +122,37 @@ class Handle:
         """Of the last run: densities over all calls, per step and, in ``models``, per layer and step. Reads the device.
 
         ``density`` is that of the sparse calls, None before the first; ``overall_density`` counts dense calls as 1.
+        With the automatic mode ``choices`` has one row per probe: layer (``#1``: in the second call of its step), step,
+        the last step that used it (``until``), settings with the heads that got them, density, and the relative error
+        that probes measured; ``error`` and ``worst_error`` are those of all calls, None where nothing was measured.
         """
-        each = {name: s.stats.values() if s.run == s.reader.run else {} for name, s in self.sessions.items()}
+        now = self._of_this_run()
+        each = {name: s.stats.values() if s in now else {} for name, s in self.sessions.items()}
         whole = {(i * 10**6 + layer, step): v for i, vs in enumerate(each.values()) for (layer, step), v in vs.items()}
         total = summary(whole)
         del total["layers"]
-        return {**total, "models": {name: summary(values) for name, values in each.items()}}
+        choices, errors = measured([s.probes for s in now])
+        models = {name: summary(values) for name, values in each.items()}
+        return {**total, **errors, "models": models, "choices": choices}
+
+    @property
+    def density(self) -> float | None:
+        """``stats["overall_density"]``, without the rest."""
+        counted = [value for s in self._of_this_run() for value in s.stats.values().values()]
+        calls = sum(sparse + dense for _, sparse, dense in counted)
+        return sum(density * sparse + dense for density, sparse, dense in counted) / calls if calls else None
+
+    @property
+    def probe_state(self) -> ProbeState:
+        """What the automatic mode chose in the last run: ``.save(path)``, then ``psa.enable(..., replay=path)``."""
+        state = ProbeState()
+        for session in self._of_this_run():
+            state.history |= session.probes.history
+            state.probed += session.probes.probed
+        return state
+
+    def _of_this_run(self) -> list[Session]:
+        return [s for s in self.sessions.values() if s.run == s.reader.run]
 
     @property
     def step(self) -> tuple[int, int | None]:
@@ -139,7 +167,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         for model in self._models.values():
-            for _, attn in _layers(_unwrap(model)):
+            for _, attn in layers(unwrap(model)):
                 processor = attn.processor
                 while is_routed(processor) and processor.psa_session.closed:
                     processor = processor.psa_previous
@@ -158,37 +186,7 @@ class Handle:
         return f"<psa on {state}>" if self._models else "<psa, disabled>"
 
 
-class ReadCall:
-    """Forward pre-hook of an enabled model."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _begin_call(self.session, module, args, kwargs)
-
-
-@torch.compiler.disable()
-def _begin_call(session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not session.closed:
-        model = _unwrap(module)
-        attach(model, session)
-        session.begin_call(model, args, kwargs)
-
-
-def attach(model: nn.Module, session: Session, stacked: bool = False) -> None:
-    """Routes every layer whose processor is not routed (``fuse_qkv_projections`` brings new ones); stacked: all."""
-    for index, (_, attn) in enumerate(_layers(model)):
-        if stacked or not is_open(attn.processor):
-            attn.processor = route(attn.processor, session, index)
-
-
 # -- what is enabled -------------------------------------------------------------------------------------------------
-
-
-def _unwrap(model: Any) -> Any:
-    """The module inside a torch.compile wrapper."""
-    return getattr(model, "_orig_mod", model)
 
 
 def _transformers(target: Any) -> Iterator[tuple[str, Any]]:
@@ -198,19 +196,6 @@ def _transformers(target: Any) -> Iterator[tuple[str, Any]]:
                 yield name, part
     else:
         yield "transformer", target
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The self-attention modules in the model's block lists, in order; their place is their layer index."""
-    for top, blocks in model.named_children():
-        if isinstance(blocks, nn.ModuleList):
-            for name, module in blocks.named_modules(prefix=top):
-                if (
-                    hasattr(module, "processor")
-                    and not getattr(module, "is_cross_attention", False)
-                    and not NOT_SELF.search(name)
-                ):
-                    yield name, module
 
 
 def _settings(
@@ -223,6 +208,19 @@ def _settings(
     name, _, given = preset.rpartition("/")
     found = presets.section(name or models.section_of(target), file).get(None if given == "default" else given)
     return found if density is None else found.replace(density=density)
+
+
+def _replaying(given: ProbeState | str | Path | None, settings: PSAConfig, part: str) -> ProbeState:
+    """A state that repeats what was chosen for one of the transformers."""
+    if given is None:
+        return ProbeState()
+    if settings.mask_mode != "auto":
+        raise ConfigError(f"replay: only the automatic mode makes choices, not {settings.mask_mode!r}")
+    state = given if isinstance(given, ProbeState) else ProbeState.load(given)
+    replaying = ProbeState(replay=True)
+    replaying.history = {key: choice for key, choice in state.history.items() if key[0].startswith(f"{part}.")}
+    replaying.probed = [key for key in state.probed if key in replaying.history]
+    return replaying
 
 
 def _check(**counts: Any) -> None:

@@ -12,11 +12,17 @@ from ..errors import ShapeError
 
 Grid = tuple[int, int, int]
 
-TEXT_FIRST = ("CogVideoX", "ConsisID", "Flux", "QwenImage", "EasyAnimate", "Chroma", "Bria", "LongCatImage")
-TEXT_LAST = ("HunyuanVideo", "Mochi", "SD3", "MotifVideo")
-NO_TEXT = ("Wan", "LTX", "SkyReels", "ChronoEdit", "Cosmos", "Allegro", "Latte")
-FRAMES_BEFORE_CHANNELS = ("CogVideoX", "ConsisID")
+TEXT_FIRST = (
+    "AuraFlow", "Bria", "Chroma", "CogVideoX", "CogView", "ConsisID", "EasyAnimate", "Flux", "LongCatImage", "Lumina2",
+    "QwenImage",
+)  # fmt: skip
+TEXT_LAST = ("HiDream", "HunyuanImage", "HunyuanVideo", "Mochi", "MotifVideo", "SD3")
+NO_TEXT = ("Allegro", "ChronoEdit", "Cosmos", "Kandinsky5", "Latte", "LTX", "PixArt", "SkyReels", "Wan")
+UNCOUNTED_TEXT = ("AuraFlow", "EasyAnimate", "HiDream", "HunyuanImage", "HunyuanVideo15", "Lumina2", "Mochi")
+"""Where several encoders, registers or removed padding leave only the sequence to tell how much text there is."""
+CHANNEL_AXIS = {"CogVideoX": 2, "ConsisID": 2, "Kandinsky5": 4}
 """Classes by the beginning of their names; all others are read as [B, C, F, H, W] with text where the user says."""
+TIMESTEPS = ("timestep", "timesteps", "t")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Layout:
         t, h, w = self.grid
         rest = length - t * h * w
         expected = 0 if self.text_position == "none" else self.text_length
-        if rest == 0 and self.text_position is None:
+        if rest == 0:
             return 0
         if rest < 0 or (expected is not None and rest != expected and self.text_position is not None):
             text = "" if expected is None else f" + {expected} text"
@@ -69,20 +75,21 @@ def read_layout(
     name = type(model).__name__
     position = text_position or _known_position(name)
     text = call.get("encoder_hidden_states")
-    # HunyuanVideo-1.5 joins three encoders and Mochi removes padding: there only the sequence tells.
-    fixed = isinstance(text, Tensor) and text.ndim == 3 and not name.startswith(("HunyuanVideo15", "Mochi"))
+    fixed = isinstance(text, Tensor) and text.ndim == 3 and not name.startswith(UNCOUNTED_TEXT)
     length = text.shape[1] if fixed and position in ("first", "last") else None  # type: ignore[union-attr]
-    return Layout(_read_grid(model, name, call), position, length), call.get("timestep")
+    timestep = next((call[name] for name in TIMESTEPS if call.get(name) is not None), None)
+    return Layout(_read_grid(model, name, call), position, length), timestep
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a forward call by name."""
-    names = _parameters(type(model))
+    names = parameters(type(model))
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @lru_cache
-def _parameters(cls: type) -> tuple[str, ...]:
+def parameters(cls: type) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
@@ -103,8 +110,9 @@ def _read_grid(model: nn.Module, name: str, call: Mapping[str, Any]) -> Grid | N
     if hidden.ndim == 4:
         return 1, hidden.shape[2] // h, hidden.shape[3] // w
     if hidden.ndim == 5:
-        frames = 1 if name.startswith(FRAMES_BEFORE_CHANNELS) else 2
-        return hidden.shape[frames] // t, hidden.shape[3] // h, hidden.shape[4] // w
+        channels = next((axis for start, axis in CHANNEL_AXIS.items() if name.startswith(start)), 1)
+        frames, height, width = (hidden.shape[axis] for axis in range(1, 5) if axis != channels)
+        return frames // t, height // h, width // w
     return None
 
 

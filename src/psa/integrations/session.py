@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,55 +13,19 @@ from torch import Tensor, nn
 
 from ..config import PSAConfig
 from ..errors import ConfigError, ShapeError
-from ..functional import psa_attention
+from ..functional import attend, make_plan
+from ..state import ProbeState
 from .denoising import Schedule, StepReader
 from .layout import Layout, read_layout
+from .stats import Stats
 
 MASKED = -1e4
 """An additive mask of at most this hides a token; 0 shows it. Anything between is a bias, which stays dense."""
 
 DENSE = PSAConfig(type="dense", use_rearrange=False)
 
-
-@dataclass
-class Stats:
-    """Densities by (layer, step): 0-d tensors, so that counting never waits for the device. Dense calls beside them."""
-
-    sparse: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    dense: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        self.sparse.clear()
-        self.dense.clear()
-
-    def values(self) -> dict[tuple[int, int], tuple[float, int, int]]:
-        """(density of the sparse calls, sparse calls, dense calls) of each layer and step. Waits for the device."""
-        out = {}
-        for key in sorted({*self.sparse, *self.dense}):
-            found = self.sparse.get(key, [])
-            density = float(torch.stack(found).mean()) if found else 1.0
-            out[key] = (density, len(found), self.dense.get(key, 0))
-        return out
-
-
-def summary(values: dict[tuple[int, int], tuple[float, int, int]]) -> dict[str, Any]:
-    """Counts and mean densities: over all sparse calls, over all calls (dense ones are 1), per layer, and per step."""
-    sparse, dense = sum(v[1] for v in values.values()), sum(v[2] for v in values.values())
-    kept = sum(v[0] * v[1] for v in values.values())
-    layers: dict[int, dict[int, float]] = {}
-    steps: dict[int, list[float]] = {}
-    for (layer, step), (density, n_sparse, n_dense) in values.items():
-        mixed = (density * n_sparse + n_dense) / (n_sparse + n_dense)
-        layers.setdefault(layer, {})[step] = mixed
-        steps.setdefault(step, []).append(mixed)
-    return {
-        "density": kept / sparse if sparse else None,
-        "overall_density": (kept + dense) / (sparse + dense) if sparse + dense else None,
-        "sparse_calls": sparse,
-        "dense_calls": dense,
-        "steps": {step: sum(found) / len(found) for step, found in sorted(steps.items())},
-        "layers": layers,
-    }
+CALLS = 4
+"""Calls of one step that the automatic mode tells apart, such as the passes of guidance; later ones share a choice."""
 
 
 @dataclass(eq=False)
@@ -71,6 +36,11 @@ class Session:
         names: of the attention modules served, by layer index.
         dense_frames: first and last latent frames whose tokens read and are read in full, like text.
         layout: of the current call.
+        arguments: names of what the model's forward takes.
+        model: weak reference to the model.
+        part: the model's name in its pipeline.
+        probes: choices of the automatic mode in this run, by (layer and call of the step, step).
+        call: which call of the current step this is, e.g. the second pass of guidance; begins anew with every step.
         closed: disabled; its processors then pass everything through.
     """
 
@@ -85,9 +55,16 @@ class Session:
     scheduler: Any = None
     pipeline: Any = None
     layout: Layout | None = None
+    part: str = "transformer"
+    arguments: tuple[str, ...] = ()
+    model: Any = None
     stats: Stats = field(default_factory=Stats)
+    probes: ProbeState = field(default_factory=ProbeState)
     closed: bool = False
     run: int = -1
+    told: bool = False
+    call: int = 0
+    place: tuple[int, int] | None = None
     masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
     processors: dict[int, Any] = field(default_factory=dict, repr=False)
     """By layer index, weakly: the processor that serves it."""
@@ -98,7 +75,8 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         # The pipeline stays behind: a copied model reads its steps from the copied scheduler.
-        return {**self.__dict__, "pipeline": None, "masks": {}, "processors": {}, "stats": Stats()}
+        return {**self.__dict__, "pipeline": None, "model": None, "masks": {}, "processors": {}, "stats": Stats(),
+                "probes": self.probes if self.probes.replay else ProbeState()}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -117,10 +95,15 @@ class Session:
         if timestep is None:
             raise ConfigError(f"{self.model_name}: called without a timestep, which tells the denoising step")
         self.reader.read(timestep, self.scheduler)
+        place = (self.reader.run, self.reader.step)
+        self.call = min(self.call + 1, CALLS - 1) if place == self.place else 0
+        self.place = place
         if self.run != self.reader.run:
             self.run = self.reader.run
             self.stats.clear()
+            self.probes.clear()
             self.schedule.warn_if_never_sparse(self.reader.steps)
+        self.probes.settle()
 
     # -- each attention call -----------------------------------------------------------------------------------
 
@@ -140,8 +123,10 @@ class Session:
         config = self.schedule.at(step, self.reader.steps, layer)
         key_mask, plain = self._key_mask(mask, q.shape[0], k.shape[1]) if config is not None else (None, False)
         ring = parallel is not None and parallel.ring_degree > 1
+        if not plain and config is not None and not self.closed:
+            self._tell_of_mask()
         if config is None or self.closed or not plain:
-            self.stats.dense[layer, step] = self.stats.dense.get((layer, step), 0) + 1
+            self.stats.count(layer, step)
             if not (ring and exact_ring):
                 return dense()
             config, key_mask = DENSE, None
@@ -153,7 +138,7 @@ class Session:
             )
         from .parallel import distributed_attention
 
-        serve = self._ring_chunk if ring else self._all_tokens
+        serve = functools.partial(self._ring_chunk, itertools.count()) if ring else self._all_tokens
         return distributed_attention(q, k, v, scale, functools.partial(serve, layer, config, parallel), parallel)
 
     def _sparse(
@@ -177,14 +162,21 @@ class Session:
         if shift:
             q, k, v = (x.roll(shift, 1) for x in (q, k, v))
             key_mask = None if key_mask is None else key_mask.roll(shift, 1)
-        out, plan = psa_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config=config, scale=scale,
-            grid=grid if config.use_rearrange else None, text_length=text, text_position=position,
-            enable_gqa=q.shape[2] != k.shape[2], key_mask=key_mask, return_plan=True, backend=self.backend,
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        plan = make_plan(
+            q, k, config, v=v, scale=scale, grid=grid if config.use_rearrange else None, text_length=text,
+            text_position=position, enable_gqa=gqa, key_mask=key_mask, probes=self.probes, layer=self._name(layer),
+            step=self.reader.step,
         )  # fmt: skip
-        self._count(layer, plan)
-        out = out.transpose(1, 2)
+        self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
+        out = attend(q, k, v, plan, scale=scale, enable_gqa=gqa, backend=self.backend).transpose(1, 2)
         return out.roll(-shift, 1) if shift else out
+
+    def _name(self, layer: int, chunk: int | None = None) -> str:
+        """By which the automatic mode knows a layer in one of the calls of a step (and a chunk of ring's keys)."""
+        name = f"{self.part}.{self.names[layer]}" + (f"#{self.call}" if self.call else "")
+        return name if chunk is None else f"{name}@{chunk}"
 
     def _pin_frames(self, layout: Layout, text: int) -> tuple[tuple[int, int, int], int, str, int]:
         """Grid without the dense frames, and the roll that brings last frames, text, first frames together in front."""
@@ -198,10 +190,6 @@ class Session:
             )
         shift = last * h * w + (text if layout.text_position == "last" else 0)
         return (t - first - last, h, w), text + (first + last) * h * w, "first", shift
-
-    def _count(self, layer: int, plan: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.stats.sparse.setdefault((layer, self.reader.step), []).append(plan.density_per_head.mean())
 
     # -- over several processes --------------------------------------------------------------------------------
 
@@ -223,8 +211,9 @@ class Session:
         return out[:, order.argsort()]
 
     def _ring_chunk(
-        self, layer: int, config: PSAConfig, parallel: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, chunks: Iterator[int], layer: int, config: PSAConfig, parallel: Any, q: Tensor, k: Tensor, v: Tensor,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Ring: this process's queries and one process's keys; blocks are selected within the chunk."""
         layout, world = self.layout or Layout(None), parallel.ring_degree
         if layout.text_in(q.shape[1] * world, self.model_name):
@@ -234,15 +223,23 @@ class Session:
         grid = layout.grid
         # Whole frames per process: chunks are smaller grids. Otherwise tokens keep their order.
         chunk = (grid[0] // world, *grid[1:]) if grid is not None and grid[0] % world == 0 else None
-        out, lse, plan = psa_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config=config, scale=scale,
-            grid=chunk if config.use_rearrange else None, return_lse=True, return_plan=True, backend=self.backend,
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        plan = make_plan(
+            q, k, config, v=v, scale=scale, grid=chunk if config.use_rearrange else None, probes=self.probes,
+            layer=self._name(layer, next(chunks)), step=self.reader.step,
         )  # fmt: skip
+        out, lse = attend(q, k, v, plan, scale=scale, return_lse=True, backend=self.backend)
         if config is not DENSE:
-            self._count(layer, plan)
+            self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     # -- masks -------------------------------------------------------------------------------------------------
+
+    def _tell_of_mask(self) -> None:
+        if not self.told:
+            self.told = True
+            text = "an attention mask that says more than which tokens are padding; such calls stay dense"
+            warnings.warn(f"{self.model_name}: {text}", stacklevel=2)
 
     def _key_mask(self, mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, bool]:
         """(bool [B, L] or None where all tokens are real, whether the mask says no more than that)."""
@@ -254,8 +251,13 @@ class Session:
         return found[1], found[2]
 
 
-def _read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, bool]:
-    if mask.ndim not in (2, 3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, batch):
+def _read_mask(mask: Any, batch: int, length: int) -> tuple[Tensor | None, bool]:
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim not in (2, 3, 4)
+        or mask.shape[-1] != length
+        or mask.shape[0] not in (1, batch)
+    ):
         return None, False
     shown = mask if mask.dtype == torch.bool else mask > MASKED / 2
     if mask.dtype != torch.bool and bool((shown & (mask != 0)).any()):

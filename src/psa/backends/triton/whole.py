@@ -42,7 +42,10 @@ def forward(
     """
     power = cap = None
     if config.bias == "variance":
-        power, cap = q.float().square().mean(2), q.new_full((1, 1), float(config.bias_cap or 0.0), dtype=torch.float32)
+        power, cap = (
+            q.float().square().mean(2),
+            q.new_full(q.shape[:2], float(config.bias_cap or 0.0), dtype=torch.float32),
+        )
     mask = None if key_mask is None else key_mask.contiguous()
     pyramid = build_pyramid(k, v, config.block_n, key_mask=mask, query_power=power, bias_cap=cap, scale=scale)
     cols = config.importance_cols

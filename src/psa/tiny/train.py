@@ -1,0 +1,295 @@
+"""Trains the tiny text-to-video model: ``python -m psa.tiny.train --output runs/tiny``.
+
+The autoencoder comes first, then transformer and text encoder together by flow matching, from small clips to native
+ones. A run that is interrupted continues where it was when started again with the same ``--output``; ``--start``
+continues from a finished checkpoint, such as the shipped one, with ``--from-stage`` naming where.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from . import path
+from .autoencoder import clips, train_autoencoder, write
+from .model import encode, make_text_encoder, make_tokenizer, make_transformer, save
+
+Told = Callable[[str, int, float], None]
+WORDS = 24  # the longest caption has 18 with its end
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: ``steps`` of ``batch`` clips drawn from ``pool`` rendered ones."""
+
+    name: str
+    pixels: int
+    frames: int
+    batch: int
+    steps: int
+    pool: int
+    rate: float
+    pairs: float = 0.25
+
+    @property
+    def tokens(self) -> int:
+        return (1 + (self.frames - 1) // 2) * (self.pixels // 8) ** 2
+
+    @property
+    def shift(self) -> float:
+        """Of the noise levels: longer clips need more noise to lose their content (Esser et al. 2024, §5.3.2)."""
+        return math.sqrt(self.tokens / 256)
+
+
+STAGES = (
+    Stage("parts", 64, 9, 24, 5000, 8192, 2e-3, pairs=0.1),
+    Stage("scenes", 96, 17, 8, 600, 2048, 1.2e-3),
+    Stage("native", 128, 33, 2, 80, 160, 5e-4),
+)
+FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
+
+
+class PaddedText:
+    """Cross-attention as with a text padded by zeros to any length, at the cost of a short one.
+
+    A pipeline pads every text, by default to 512 rows, and equal rows weigh as one row whose logit grows by the
+    logarithm of their number; ``bias`` ``[batch, 1, 1, WORDS]`` holds that.
+    """
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.bias: Tensor | None = None
+
+    def __call__(self, attn: Any, hidden: Tensor, text: Tensor, mask: Any = None, rotary: Any = None) -> Tensor:
+        return self.inner(attn, hidden, text, self.bias, rotary)
+
+
+class Student(nn.Module):
+    """Transformer and text encoder with the flow-matching loss."""
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.readers = [PaddedText(block.attn2.processor) for block in transformer.blocks]  # type: ignore[attr-defined]
+        for block, reader in zip(transformer.blocks, self.readers, strict=True):  # type: ignore[arg-type]
+            block.attn2.processor = reader
+
+    def forward(self, noisy: Tensor, noise_level: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        """Velocity ``[batch, 16, frames, height, width]`` at ``noise_level`` in 0…1; ``ids`` ``[batch, WORDS]`` are
+        read as if a pipeline had padded them to ``rows``."""
+        real = ids != 0
+        text = self.text_encoder(ids, real).last_hidden_state * real[:, :, None]
+        weight = (rows - real.sum(1)) / (WORDS - real.sum(1))
+        bias = torch.where(real, 0.0, weight.log()[:, None])[:, None, None]
+        for reader in self.readers:
+            reader.bias = bias
+        return self.transformer(noisy, noise_level * 1000, text, return_dict=False)[0]
+
+    def loss(self, clean: Tensor, ids: Tensor, shift: float, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the velocity at noise levels drawn logit-normal, then shifted."""
+        batch = len(clean)
+        level = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
+        level = shift * level / (1 + (shift - 1) * level)
+        noise = torch.randn(clean.shape, generator=generator)
+        part = level[:, None, None, None, None]
+        rows = torch.exp(torch.empty(batch).uniform_(math.log(WORDS + 8), math.log(512), generator=generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = self(clean + part * (noise - clean), level, ids, rows)
+        return (velocity.float() - (noise - clean)).square().mean()
+
+
+class Optimizers:
+    """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for all else, with one learning rate."""
+
+    def __init__(self, student: Student):
+        def hidden(name: str, value: Tensor) -> bool:
+            return value.ndim == 2 and ".blocks." in f".{name}" and "relative_attention_bias" not in name
+
+        named = [(name, value) for name, value in student.named_parameters() if value.requires_grad]
+        matrices = [value for name, value in named if hidden(name, value)]
+        others = [value for name, value in named if not hidden(name, value)]
+        self.parts = [
+            torch.optim.Muon(matrices, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def step(self, rate: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def make_pool(vae: Any, stage: Stage, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """Latents (float16) and token ids of ``stage.pool`` rendered clips, fixed by the seed and kept in ``folder``."""
+    path = folder / f"pool_{stage.name}_{seed}_{stage.pool}_{stage.pixels}_{stage.frames}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    rng, tokenizer, latents, texts = random.Random(f"{seed} {stage.name}"), make_tokenizer(), [], []
+    with torch.no_grad():
+        for start in range(0, stage.pool, 32):
+            video, captions = clips(min(32, stage.pool - start), stage.frames, stage.pixels, rng, pairs=stage.pairs)
+            latents.append(encode(vae, video).half())
+            texts += captions
+    ids = tokenizer(texts, padding="max_length", max_length=WORDS, return_tensors="pt").input_ids
+    pool = (torch.cat(latents), ids)
+    write(path, pool)
+    return pool
+
+
+class Run:
+    """One training run in a folder: what it has learnt, where it is, and its record of losses."""
+
+    def __init__(self, folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES):
+        self.folder, self.seed, self.stages = folder, seed, stages
+        torch.manual_seed(seed)
+        self.student = Student(make_transformer(), make_text_encoder())
+        self.optimizers = Optimizers(self.student)
+        self.average = [value.detach().clone() for value in self.student.parameters()]
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.losses: list[tuple[str, int, float]] = []
+        if (folder / "run.pt").exists():
+            self._load(torch.load(folder / "run.pt", weights_only=True))
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.student.load_state_dict(saved["weights"])
+        self.optimizers.load_state_dict(saved["optimizers"])
+        self.average = saved["average"]
+        self.stage, self.step, self.seconds, self.losses = (
+            saved[key] for key in ("stage", "step", "seconds", "losses")
+        )
+
+    def save(self) -> None:
+        """Everything that the next start needs."""
+        body = {"weights": self.student.state_dict(), "optimizers": self.optimizers.state_dict()}
+        body |= {"average": self.average, "stage": self.stage, "step": self.step}
+        write(self.folder / "run.pt", body | {"seconds": self.seconds, "losses": self.losses})
+
+    def train(self, vae: Any, *, compiled: bool = True, every: int = 100, on_step: Told = lambda *told: None) -> None:
+        """Trains what is left of the stages; ``on_step(stage name, step, loss)`` after every step."""
+        if compiled:
+            self.student.transformer.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            # Short sequences: three plain products are faster than the fused kernel, whose backward is slow on CPUs.
+            self.student.transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")  # type: ignore[operator]
+            latents, ids = make_pool(vae, stage, self.seed, self.folder)
+            empty = torch.zeros(WORDS, dtype=torch.long)
+            empty[0] = 1
+            while self.step < stage.steps:
+                began = time.perf_counter()
+                generator = torch.Generator().manual_seed((self.seed * 64 + self.stage) * 1_000_003 + self.step)
+                chosen = torch.randint(stage.pool, (stage.batch,), generator=generator)
+                blank = torch.rand(stage.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
+                texts = torch.where(blank, empty, ids[chosen])
+                loss = self.student.loss(latents[chosen].float(), texts, stage.shift, generator)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+                self.optimizers.step(self._rate(stage))
+                self._follow()
+                self.step += 1
+                self.seconds += time.perf_counter() - began
+                self.losses.append((stage.name, self.step, loss.item()))
+                if self.step % every == 0:
+                    self.save()
+                on_step(stage.name, self.step, loss.item())
+            self.stage, self.step = self.stage + 1, 0
+            self.save()
+
+    def _rate(self, stage: Stage) -> float:
+        """Warm-up at the very start; within a stage, down to the next stage's rate (the last: to a tenth)."""
+        after = self.stages[self.stage + 1].rate if self.stage + 1 < len(self.stages) else 0.1 * stage.rate
+        warm = min(1.0, (self.step + 1) / 100) if self.stage == 0 else 1.0
+        return warm * (stage.rate + (after - stage.rate) * self.step / stage.steps)
+
+    def _follow(self, memory: float = 0.997) -> None:
+        """The running average of the weights is what is shipped."""
+        memory = min(memory, 1 - 1 / (1 + self.step + 1000 * self.stage))
+        torch._foreach_lerp_(self.average, [value.detach() for value in self.student.parameters()], 1 - memory)
+
+    def export(self, vae: Any, folder: Path) -> None:
+        """Writes the averaged model as a pipeline folder, with the record of its training."""
+        student = Student(make_transformer(), make_text_encoder())
+        with torch.no_grad():
+            for value, mean in zip(student.parameters(), self.average, strict=True):
+                value.copy_(mean)
+        save(folder, vae, student.text_encoder, student.transformer, flow_shift=FLOW_SHIFT)
+        curve = [(name, step, round(loss, 4)) for name, step, loss in self.losses if step % 20 == 0]
+        body = {"seed": self.seed, "seconds": round(self.seconds), "threads": torch.get_num_threads()}
+        body |= {"stages": [stage.__dict__ for stage in self.stages], "loss": curve, "torch": torch.__version__}
+        (folder / "training.json").write_text(json.dumps(body))
+
+
+def start_from(run: Run, folder: Path, stage: str) -> None:
+    """Puts a finished checkpoint's weights and autoencoder into a fresh run, at the beginning of ``stage``."""
+    from diffusers import WanPipeline
+
+    names = [each.name for each in run.stages]
+    if stage not in names:
+        raise typer.BadParameter(f"from-stage: {stage!r} is not one of {', '.join(names)}")
+    pipe = WanPipeline.from_pretrained(folder)
+    finished = Student(pipe.transformer, pipe.text_encoder)
+    run.student.load_state_dict(finished.state_dict())
+    run.average = [value.detach().clone() for value in run.student.parameters()]
+    run.stage = names.index(stage)
+    weights, config = pipe.vae.state_dict(), pipe.vae.config
+    write(run.folder / "vae.pt", {"weights": weights, "mean": config.latents_mean, "std": config.latents_std})
+    run.save()
+
+
+def _progress() -> Progress:
+    count, loss = MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}")
+    return Progress(TextColumn("{task.description}"), BarColumn(), count, loss, TimeRemainingColumn())
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run in it is continued.")],
+    seed: int = 0,
+    vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
+    scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
+    start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
+    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "native",
+    compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
+) -> None:
+    """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
+    stages = tuple(
+        replace(stage, steps=max(1, round(stage.steps * scale)), pool=max(stage.batch, round(stage.pool * scale)))
+        for stage in STAGES
+    )
+    run = Run(output, seed, stages)
+    if start and run.stage == run.step == 0:
+        start_from(run, path() if start == "shipped" else Path(start), from_stage)
+    with _progress() as progress:
+        lengths = dict(zip(("autoencoder", "sharpening"), vae_steps, strict=True)) | {
+            stage.name: stage.steps for stage in stages
+        }
+        bars = {name: progress.add_task(name, total=steps, loss=float("nan")) for name, steps in lengths.items()}
+
+        def on_step(name: str, step: int, loss: float) -> None:
+            progress.update(bars[name], completed=step, loss=loss)
+
+        vae = train_autoencoder(output, steps=vae_steps, seed=seed, on_step=on_step)
+        run.train(vae, compiled=compiled, on_step=on_step)
+    run.export(vae, output / "model")
+    typer.echo(f"wrote {output / 'model'} after {run.seconds:.0f} s of training")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,244 @@
+"""The bundled model: its grammar, its checker on rendered and on corrupted clips, its training, and what it makes."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import psa
+from psa import demo
+from psa.cli import app
+from psa.errors import ConfigError
+from psa.models import name_of
+from psa.tiny import path
+from psa.tiny.autoencoder import train_autoencoder
+from psa.tiny.checker import matches, read
+from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
+from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
+from psa.tiny.train import WORDS, Run, Stage, Student, start_from
+from psa.video import read_video
+
+things = st.builds(Thing, *(st.sampled_from(list(names)) for names in (SIZES, COLOURS, SHAPES, MOTIONS)))
+pairs = st.lists(things, min_size=1, max_size=2, unique_by=lambda thing: thing.colour).map(tuple)
+scenes = st.builds(Scene, pairs, st.sampled_from(BACKDROPS))
+
+
+@given(scenes)
+def test_captions_are_parsed_back(scene):
+    assert parse(str(scene)) == scene
+    assert parse(f"  {str(scene).upper()}. ") == scene
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "a cat", "a small red circle over waves", "a small red circle growing over the sea",
+     "a small pink circle growing over waves", "small red circle growing over waves",
+     "a small red circle growing and a large red square growing over waves"],
+)  # fmt: skip
+def test_other_prompts_are_refused_with_the_grammar(prompt):
+    with pytest.raises(ConfigError, match=r"red\|green"):
+        parse(prompt)
+
+
+def test_training_never_shows_what_is_held_out():
+    rng = random.Random(0)
+    shown = {(t.colour, t.shape, t.motion) for _ in range(2000) for t in sample_scene(rng).things}
+    kept = {(t.colour, t.shape, t.motion) for _ in range(300) for t in sample_scene(rng, held_out=True, pairs=0).things}
+    assert len(kept) == 29 and not shown & kept
+    assert {colour for colour, *_ in shown} == set(COLOURS) and {motion for *_, motion in shown} == set(MOTIONS)
+
+
+# -- the checker -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(scenes, st.integers(0, 2**20))
+def test_checker_reads_rendered_clips(scene, seed):
+    clip = render(scene, 33, 128, 128, random.Random(seed))
+    assert matches(scene, clip)["all"], read(clip)
+    noisy = torch.nn.functional.avg_pool2d(clip + 0.06 * torch.randn_like(clip), 3, 1, 1).clamp(0, 1)
+    assert matches(scene, noisy)["all"], read(noisy)
+
+
+def corrupted(clip):
+    """Name -> (clip, the attributes that must now be wrong)."""
+    frames = len(clip)
+    return {
+        "colours swapped": (clip[:, [1, 2, 0]], {"colour"}),
+        "frozen": (clip[:1].expand_as(clip), {"motion"}),
+        "backwards": (clip.flip(0), {"motion"}),
+        "turned": (clip.transpose(2, 3), {"motion"}),
+        "upside down": (clip.flip(2), {"shape"}),
+        "grey": (clip.mean(1, keepdim=True).expand_as(clip), {"colour", "shape", "motion"}),
+        "gone halfway": (torch.cat((clip[: frames // 2], 0 * clip[frames // 2 :] + 0.5)), {"shape", "motion"}),
+        "noise": (torch.rand_like(clip), {"all"}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(corrupted(torch.rand(3, 3, 8, 8))))
+def test_checker_sees_corruption(name):
+    scene = parse("a large green triangle moving left over checks")
+    clip, wrong = corrupted(render(scene, 33, 128, 128, random.Random(1)))[name]
+    result = matches(scene, clip)
+    assert not result["all"] and not any(result[attribute] for attribute in wrong), (result, read(clip))
+
+
+def test_checker_counts_things():
+    both = parse("a large green triangle moving left and a small red cross growing over clouds")
+    alone = Scene(both.things[:1], both.backdrop)
+    clip = render(both, 33, 128, 128, random.Random(3))
+    assert matches(both, clip)["all"] and not matches(alone, clip)["colour"]
+    assert not matches(both, render(alone, 33, 128, 128, random.Random(3)))["colour"]
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4))
+
+
+def plain_run(folder, stages=STAGES):
+    torch.manual_seed(0)
+    return Run(folder, 0, stages), make_vae().eval().requires_grad_(False)
+
+
+def test_short_texts_are_read_as_if_padded():
+    torch.manual_seed(0)
+    student = Student(make_transformer(), make_text_encoder()).eval()
+    ids = make_tokenizer()(["a small red circle growing over waves", ""], padding="max_length", max_length=WORDS)
+    ids = torch.tensor(ids.input_ids)
+    noisy, level = torch.randn(2, 16, 3, 4, 4), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        got = student(noisy, level, ids, torch.tensor([70.0, 512.0]))
+        for reader in student.readers:
+            reader.bias = None
+        for row, length in enumerate((70, 512)):
+            real = ids[row] != 0
+            text = student.text_encoder(ids[row : row + 1], real[None]).last_hidden_state[0, real]
+            text = torch.cat((text, text.new_zeros(length - len(text), 64)))[None]
+            want = student.transformer(noisy[row : row + 1], level[row : row + 1] * 1000, text).sample
+            torch.testing.assert_close(got[row : row + 1], want, atol=2e-5, rtol=1e-4)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+    whole, vae = plain_run(tmp_path / "whole")
+    whole.train(vae, compiled=False)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage, step, loss):
+        if (stage, step) == ("native", 2):
+            raise Stopped
+
+    first, vae = plain_run(tmp_path / "parts")
+    with pytest.raises(Stopped):
+        first.train(vae, compiled=False, every=1, on_step=stop)
+    second = Run(tmp_path / "parts", 0, STAGES)
+    assert (second.stage, second.step) == (1, 2)
+    second.train(vae, compiled=False)
+    assert second.losses == whole.losses
+    for a, b in zip(second.average, whole.average, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    run, vae = plain_run(tmp_path, (Stage("parts", 32, 5, 4, 40, 8, 3e-3),))
+    run.train(vae, compiled=False)
+    losses = [loss for *_, loss in run.losses]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_autoencoder_resumes_and_is_kept(tmp_path):
+    told = []
+
+    def stop_once(part, step, loss):
+        told.append((part, step))
+        if part == "sharpening" and len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(tmp_path, steps=(2, 2), seed=0, on_step=stop_once)
+    vae = train_autoencoder(tmp_path, steps=(2, 2), seed=0, on_step=stop_once)
+    assert told == [("autoencoder", 1), ("autoencoder", 2), ("sharpening", 1), ("sharpening", 1), ("sharpening", 2)]
+    assert min(vae.config.latents_std) > 0
+    again = train_autoencoder(tmp_path, steps=(2, 2), seed=0, on_step=lambda *told: pytest.fail("trained again"))
+    assert torch.equal(again.encoder.conv_in.weight, vae.encoder.conv_in.weight)
+
+
+def test_training_goes_on_from_the_shipped_model(tmp_path):
+    run = Run(tmp_path, 0, (Stage("parts", 48, 9, 2, 1, 2, 1e-4), Stage("native", 64, 17, 4, 3, 8, 1e-4)))
+    start_from(run, path(), "native")
+    vae = train_autoencoder(tmp_path, steps=(0, 0), seed=0)
+    run.train(vae, compiled=False)
+    assert [name for name, *_ in run.losses] == ["native"] * 3
+    assert max(loss for *_, loss in run.losses) < 0.5  # an untrained model's is above 1
+
+
+# -- the shipped model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return demo.load_pipeline()
+
+
+def test_it_is_small():
+    assert sum(file.stat().st_size for file in path().rglob("*.safetensors")) <= 24 * 2**20
+
+
+def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
+    """A smaller canvas than the native one keeps this short; benchmarks/tiny.py does the native one, 200 times."""
+    rng = random.Random("a dozen")
+    right = {"dense": 0, "psa": 0}
+    for seed in range(12):
+        scene = sample_scene(rng, held_out=True)
+        size = {"width": 96, "height": 96, "frames": 25, "steps": 8}
+        right["dense"] += demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size))["all"]
+        with psa.enable(pipe, config=demo.rivals(0.15)["psa"]):
+            right["psa"] += demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size))["all"]
+    assert right["dense"] >= 9 and right["psa"] >= right["dense"] - 2, right
+
+
+def test_it_is_a_checkpoint_like_any_other(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle growing over waves\na large cyan cross moving up over checks\n")
+    small = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "2"]
+    told = CliRunner().invoke(
+        app,
+        [
+            "generate",
+            "--model",
+            "tiny",
+            "--prompt_file",
+            str(prompts),
+            *small,
+            "--compare",
+            "--output_dir",
+            str(tmp_path),
+        ],
+    )
+    assert told.exit_code == 0, told.output
+    for name in ("video_0000", "video_0001"):
+        assert read_video(tmp_path / f"{name}.mp4").shape == (9, 64, 64, 3)
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["density"] <= 0.16 and record["compare"]["psnr"] > 10
+    assert name_of(demo.load_pipeline()) == "tiny"
+
+
+def test_demo_shows_numbers_and_pictures(tmp_path):
+    steps = []
+    result = demo.run(
+        "a large red circle moving right over stripes", tmp_path, steps=2, on_step=lambda *s: steps.append(s)
+    )
+    assert steps == [("dense", 1), ("dense", 2), ("psa", 1), ("psa", 2)]
+    assert result.tokens == 4352 and result.density <= 0.16 and result.speedup > 0 and 0 < result.ssim <= 1
+    assert read_video(result.video).shape == (33, 384, 768, 3)
+    assert result.picture.stat().st_size > 10_000
+    assert json.loads(result.record.read_text())["prompt"] == result.prompt
+    with pytest.raises(ConfigError, match="grammar"):
+        demo.run("a cat", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
