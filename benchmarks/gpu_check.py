@@ -1,9 +1,13 @@
 """One command for a machine with a GPU: verify every kernel on it, then time everything, and write rows as they come.
 
-    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry] [--only REGEX] [--out FILE]
+    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry] [--only REGEX] [--out FILE] [--again]
 
 Each row of benchmarks/results/<gpu>-<date>.jsonl says what ran, on what, and how it went; a case that fails is a row
-too. What does not verify is not timed. Exit status 1 when a check fails.
+too. What does not verify is not timed. A run that was cut short, or ran out of time, is continued by the same command:
+checks that passed and cases that are complete in the file are not repeated. Exit status 1 when a check fails.
+
+Checks run in several processes at once, and every timed case runs once in several processes beforehand, since most of
+the time goes into compiling; what is timed has the GPU to itself.
 """
 
 import argparse
@@ -12,21 +16,33 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-BUDGETS = {"quick": 230.0, "part": 465.0, "dry": 300.0}
-"""Seconds after which no further case is started."""
+BUDGETS = {"quick": 220.0, "part": 455.0, "dry": 600.0}
+"""Seconds after which nothing further is started."""
 
 
 class Recorder:
-    """Appends rows to a file, each as soon as it is known, with what identifies the machine."""
+    """Appends rows to a file, each as soon as it is known, with what identifies the machine.
 
-    def __init__(self, out: Path | None, machine: dict, seconds: float):
+    ``checked`` and ``timed``: checks that passed and cases that are complete in earlier rows of the same versions.
+    """
+
+    def __init__(self, out: Path | None, machine: dict, seconds: float, again: bool):
         self.machine, self.end, self.failed, self.rows = machine, time.monotonic() + seconds, 0, 0
-        self.file = None
+        self.file, self.checked, self.timed = None, set(), set()
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
+            before = out.read_text().splitlines() if out.exists() and not again else []
+            for row in map(json.loads, before):
+                if all(row.get(name) == machine[name] for name in ("gpu", "torch", "triton", "psa")):
+                    self.checked |= {row["name"]} if row["kind"] == "check" and row["ok"] else set()
+                    self.timed |= {row["case"]} if row["kind"] == "complete" else set()
             self.file = out.open("a")
 
     @property
@@ -45,8 +61,10 @@ class Recorder:
 def describe(row: dict) -> str:
     """One line for people."""
     if row["kind"] == "check":
-        status = "ok    " if row["ok"] else "FAILED"
+        status = {True: "ok    ", False: "FAILED", None: "      "}[row["ok"]]
         return f"{status} {row['name']:60} {row.get('said') or ''}"
+    if row["kind"] == "complete":
+        return f"       {row['case']:28} complete after {row['seconds']:.0f} s"
     if "error" in row:
         return f"       {row['case']:28} {row['what']:24} {row['error'][:80]}"
     parts = [f"{row['ms']:9.3f} ms"]
@@ -54,6 +72,25 @@ def describe(row: dict) -> str:
         if row.get(name) is not None:
             parts.append(f"{row[name]:.4g} {unit}")
     return f"       {row['case']:28} {row['what']:24} {'  '.join(parts)}"
+
+
+def spread(work: Callable, tasks: Iterable[tuple], workers: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
+    """Each task and ``work(*task)``, as they come, from several processes; None for what was not begun in time."""
+    tasks, end = list(tasks), time.monotonic() + seconds
+    if workers == 1:
+        yield from ((task, work(*task) if time.monotonic() < end else None) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(min(workers, max(1, len(tasks))), mp_context=get_context("spawn"))
+    futures = {pool.submit(work, *task): task for task in tasks}
+    try:
+        for future in as_completed(futures, timeout=max(1.0, seconds)):
+            yield futures.pop(future), future.result()
+    except TimeoutError:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for future, task in futures.items():
+            yield task, None if future.cancelled() else future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def machine_facts(dry: bool) -> dict:
@@ -88,12 +125,13 @@ def run(options: argparse.Namespace) -> int:
     default = Path(__file__).parent / "results" / f"{name}-{facts['date']}.jsonl"
     out = options.out or (None if options.dry else default)
     mode = "dry" if options.dry else "part" if options.part else "quick"
-    recorder = Recorder(out, facts, options.seconds or BUDGETS[mode])
+    recorder = Recorder(out, facts, options.seconds or BUDGETS[mode], options.again)
     device = torch.device("cpu" if options.dry else "cuda")
+    workers = options.workers or (1 if options.dry else max(1, min(8, (os.cpu_count() or 1) // 2)))
     if options.part != 2:
-        gpu_verify.run(recorder, device, mode, options.only)
+        gpu_verify.run(recorder, device, mode, options.only, workers)
     if recorder.failed == 0 or options.force:
-        gpu_time.run(recorder, device, mode, options.part, options.only)
+        gpu_time.run(recorder, device, mode, options.part, options.only, workers)
     else:
         print("not timed: a check failed (--force times all the same)")
     print(f"{recorder.rows} rows, {recorder.failed} failed checks" + (f", in {out}" if out else ""))
@@ -109,6 +147,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression on the names of checks and cases")
     parser.add_argument("--out", type=Path, help="file to append rows to")
     parser.add_argument("--seconds", type=float, help="start no case after this many")
+    parser.add_argument("--again", action="store_true", help="repeat what the file has already")
+    parser.add_argument("--workers", type=int, help="processes that check and compile (default: up to 8)")
     parser.add_argument("--force", action="store_true", help="time even where a check failed")
     options = parser.parse_args()
     if options.dry:

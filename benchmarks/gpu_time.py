@@ -3,12 +3,14 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
+from gpu_check import spread
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -66,6 +68,7 @@ CASES = (
     Case("wan 128k causal", 131072, causal=True, part=2),
     Case("64 channels 32k", 32768, heads=24, dim=64, part=2, backward=True),
     Case("64 channels 128k", 131072, dim=64, part=2),
+    Case("64 channels 16k causal", 16384, heads=24, dim=64, causal=True, part=2),
     *(
         Case(f"wan 32k density {density}", 32768, density=density, part=2, peers=False, backward=density == 0.05)
         for density in (0.05, 0.1, 0.25, 0.35, 0.5)
@@ -132,7 +135,7 @@ def kept(levels: Tensor, case: Case, block_m: int) -> float:
 
 
 class Bench:
-    """Measures one case and writes its rows."""
+    """Measures one case and writes its rows; without a recorder everything of ours runs once, to be compiled."""
 
     def __init__(self, case: Case, device: torch.device, recorder):
         self.case, self.device, self.recorder = case, device, recorder
@@ -145,6 +148,10 @@ class Bench:
 
     def row(self, what: str, call: Callable[[], object], density: float | None, factor: float = 1.0, **more) -> float:
         """Times ``call``; ``factor``: its work over the forward's. A failure is a row as well, and infinitely slow."""
+        if self.recorder is None:
+            with suppress(Exception):
+                call()
+            return 1.0
         facts = {"kind": "time", "case": self.case.name, "what": what, "length": self.case.length}
         facts |= {"heads": self.case.heads, "kv_heads": self.case.kv_heads or self.case.heads, "dim": self.case.dim}
         facts |= {"causal": self.case.causal, "block_n": self.case.block_n, "mode": self.case.mode, "density": density}
@@ -180,7 +187,7 @@ class Bench:
             if self.case.backward and forward[-1] < float("inf"):
                 backward.append(self._dense_backward(name, kind))
         self.dense_ms = min(forward) if min(forward) < float("inf") else None
-        self.dense_backward_ms = min(backward, default=float("inf"))
+        self.dense_backward_ms = min(backward) if backward and min(backward) < float("inf") else None
 
     def _sdpa(self, kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
@@ -211,7 +218,7 @@ class Bench:
             grad = torch.randn_like(out)
             backward = partial(gradients.backward, grad, None, q, k, v, out, lse, selection)
             self.row("backward", backward, density, factor=2.5)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.recorder is not None:
             self._graph(options, density)
 
     def _others(self, chosen: Selection, attend_ms: float) -> None:
@@ -281,19 +288,32 @@ def cases(mode: str, part: int | None) -> Iterator[Case]:
             yield case
 
 
-def run(recorder, device: torch.device, mode: str, part: int | None, only: str) -> None:
+def warm(case: Case, device: torch.device) -> bool:
+    """Compiles what a case needs: Triton and Inductor keep it on disk, where the process that times finds it."""
+    with suppress(Exception):
+        Bench(case, device, None).ours()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return True
+
+
+def run(recorder, device: torch.device, mode: str, part: int | None, only: str, workers: int) -> None:
     """One row per contender of each case, until the time is up."""
-    for case in cases(mode, part):
-        if not re.search(only, case.name):
-            continue
+    chosen = [c for c in cases(mode, part) if re.search(only, c.name) and c.name not in recorder.timed]
+    if workers > 1:
+        for _ in spread(warm, [(case, device) for case in chosen], workers, recorder.seconds_left / 3):
+            pass
+    for case in chosen:
         if recorder.seconds_left < 15:
             recorder.add(kind="time", case=case.name, what="all", error="left out: the time is up")
             continue
+        start = time.monotonic()
         try:
             bench = Bench(case, device, recorder)
             if case.peers:
                 bench.dense()
             bench.ours()
+            recorder.add(kind="complete", case=case.name, seconds=round(time.monotonic() - start, 1))
         except Exception as error:
             recorder.add(kind="time", case=case.name, what="all", error=f"{type(error).__name__}: {error}"[:300])
         if device.type == "cuda":

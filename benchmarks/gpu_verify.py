@@ -1,200 +1,119 @@
-"""Every kernel against the reference, on fresh random inputs, with outputs poisoned by NaN before they are written."""
+"""Every check on fresh random inputs, with outputs poisoned by NaN before they are written."""
 
+import json
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from gpu_check import spread
+from gpu_kernels import (
+    CASES,
+    MODES,
+    TOLERANCE,
+    Case,
+    check_attention,
+    check_selection,
+    check_whole,
+    distance,
+    make,
+    poisoned,
+)  # fmt: skip
 from torch import Tensor
 
-from psa.allocate import allocate_levels, block_mask
-from psa.backends import reference
+import psa
 from psa.backends import triton as backend
-from psa.backends.base import Selection
-from psa.backends.triton import schedule, select, whole
-from psa.backends.triton.score import row_rules
+from psa.backends.triton import autotune, whole
 from psa.config import PSAConfig
-from psa.importance import importance
-from psa.schedule import build_schedule
 
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Relative Frobenius error; of gradients four times that."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention call with every level present."""
-
-    name: str
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    length_q: int = 1000
-    length_k: int = 1000
-    dim: int = 128
-    block_m: int = 128
-    block_n: int = 64
-    dtype: torch.dtype = torch.bfloat16
-    causal: bool = False
-    masked: bool = False
-    variance: bool = False
-    pairs: bool = False
-    shared: bool = False
-    strided: bool = False
-
-
-CASES = (
-    Case("plain"),
-    Case("half precision", dtype=torch.float16, dim=64),
-    Case("single precision", dtype=torch.float32, dim=64, length_q=500, length_k=500),
-    Case("causal, grouped", causal=True, heads=8, kv_heads=2, block_n=128),
-    Case("causal, fewer queries", causal=True, length_q=333, length_k=1100),
-    Case("causal, fewer keys", causal=True, length_q=1100, length_k=333),
-    Case("masked", batch=2, masked=True, length_q=700, length_k=900),
-    Case("variance", variance=True, dim=64),
-    Case("pairs", pairs=True, block_n=32),
-    Case("every option", 2, 4, 2, 500, 777, 96, 64, 32, torch.bfloat16, True, True, True, True),
-    Case("wide heads", dim=256, length_q=400, length_k=600),
-    Case("narrow heads", dim=16, block_n=16),
-    Case("shared levels, strided", shared=True, strided=True, batch=2),
-    Case("one token", length_q=1, length_k=1),
-    Case("blocks of 128", block_n=128, length_q=2048, length_k=2048),
-)
-
-
-def make(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Selection]:
-    draw = torch.Generator().manual_seed(seed)
-
-    def tensor(heads: int, length: int) -> Tensor:
-        shape = (case.batch, length, heads, case.dim) if case.strided else (case.batch, heads, length, case.dim)
-        x = torch.randn(shape, generator=draw).to(device=device, dtype=case.dtype)
-        return x.transpose(1, 2) if case.strided else x
-
-    q = tensor(case.heads, case.length_q)
-    k, v = tensor(case.kv_heads, case.length_k), tensor(case.kv_heads, case.length_k)
-    lead = (1, 1) if case.shared else (case.batch, case.heads)
-    blocks = (-(-case.length_q // case.block_m), -(-case.length_k // case.block_n))
-    exponents = torch.randint(-1, min(case.block_n, 128).bit_length(), (*lead, *blocks), generator=draw)
-    levels = torch.where(exponents < 0, 0, 2 ** exponents.clamp(min=0)).to(device=device, dtype=torch.uint8)
-    mask = (torch.rand(case.batch, case.length_k, generator=draw) > 0.3).to(device) if case.masked else None
-    selection = Selection(
-        levels,
-        case.block_m,
-        case.block_n,
-        case.dim**-0.5,
-        case.causal,
-        query_power=q.float().square().mean(2) if case.variance else None,
-        bias_cap=torch.ones(1, 1, device=device) if case.variance else None,
-        pair_bias=torch.rand(levels.shape, generator=draw).to(device).half() if case.pairs else None,
-        key_mask=mask,
-    )
-    return q, k, v, selection
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """Relative Frobenius error; infinite where something is not finite that should be."""
-    if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
-        return float("inf")
-    got, want = (torch.nan_to_num(x.double(), nan=0.0, posinf=0.0, neginf=0.0) for x in (got, want))
-    return float((got - want).norm() / want.norm().clamp(min=1e-30))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """``torch.empty`` gives NaN in here."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def check_attention(case: Case, device: torch.device, seed: int) -> tuple[bool, str]:
-    q, k, v, selection = make(case, device, seed)
-    with poisoned():
-        out, lse = backend.forward(q, k, v, selection)
-        again, _ = backend.forward(q, k, v, selection)
-        grad = torch.randn(out.shape, device=device).to(case.dtype)
-        grad_lse = torch.rand(lse.shape, device=device)
-        grads = backend.backward(grad, grad_lse, q, k, v, out, lse, selection)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    want, want_lse = reference.forward(*exact, selection)
-    some = (want * grad.double()).sum() + torch.where(want_lse.isfinite(), want_lse * grad_lse, 0.0).sum()
-    want_grads = torch.autograd.grad(some, exact)
-    errors = [distance(out, want.detach()), distance(lse, want_lse.detach())]
-    slopes = [distance(got, expected) for got, expected in zip(grads, want_grads, strict=True)]
-    limit = TOLERANCE[case.dtype]
-    ok = max(errors) <= limit and max(slopes) <= 4 * limit and torch.equal(out, again)
-    names = ("out", "lse", "dq", "dk", "dv")
-    said = " ".join(f"{name} {value:.1e}" for name, value in zip(names, errors + slopes, strict=True))
-    return ok, said + ("" if torch.equal(out, again) else " NOT REPEATABLE")
-
-
-MODES = {
-    "topk": {"mask_mode": "topk"},
-    "thresholdbound": {"mask_mode": "thresholdbound"},
-    "proportional": {"density": 0.15, "exponent": 1.0},
-    "dropping": {"density": 0.07, "exponent": 2.0, "keep_all": False},
-    "shared": {"density": 0.2, "exponent": 1.0, "share_heads": True},
+PUBLIC = {
+    "automatic, video": None,
+    "variance, video": PSAConfig(mask_mode="proportional", density=0.2, bias="variance"),
+    "capped, masked": PSAConfig(mask_mode="thresholdbound", use_sim_mask=True),
+    "ranked, causal": PSAConfig(mask_mode="proportional", rank_exponent=0.5),
+    "measured, video": PSAConfig(mask_mode="proportional", bias="measured"),
+    "automatic, causal": None,
 }
 
 
-def check_selection(mode: str, causal: bool, length: int, device: torch.device, seed: int) -> tuple[bool, str]:
-    """Importance from q and k; levels and schedule from given importance, which must agree almost everywhere."""
-    draw = torch.Generator().manual_seed(seed)
-    q = (torch.randn(2, 4, length, 64, generator=draw) * 2).to(device=device, dtype=torch.float16)
-    k = torch.randn(2, 2, length + 77, 64, generator=draw).to(device=device, dtype=torch.float16)
-    config = PSAConfig(**MODES[mode])
-    lengths = (q.shape[2], k.shape[2])
-    want = importance(q, k, config, scale=0.125, is_causal=causal)
+def check_public(name: str, device: torch.device, seed: int, small: bool) -> tuple[bool, str]:
+    """psa_attention, planning included, against the reference on the plan that it made; and the same once more."""
+    grid, text, dim, dtype = ((3, 6, 8), 10, 32, torch.float32) if small else ((6, 20, 24), 226, 64, torch.bfloat16)
+    length = text + grid[0] * grid[1] * grid[2]
+    q, k, v, _ = make(Case("", 1, 2, 1, length, length, dim, dtype=dtype), device, seed)
+    options = {
+        "video": {"grid": grid, "text_length": text},
+        "masked": {"key_mask": torch.arange(length, device=device)[None] < 0.8 * length},
+        "causal": {"is_causal": True},
+    }[name.split(", ")[1]]
+    config, backend_name = PUBLIC[name], "triton" if device.type == "cpu" else "auto"
+    call = partial(psa.psa_attention, q, k, v, config=config, backend=backend_name, return_plan=True, **options)
     with poisoned():
-        got = select.estimate(q, k, config, scale=0.125, is_causal=causal)
-    error = distance(got, want)
-    rules = row_rules(config.block_m, config.block_n, causal, 50, "last", None)
-    with poisoned():
-        levels, blocks, ends = select.allocate(want, config, rules, lengths)
-    mask = block_mask(
-        *lengths, config.block_m, config.block_n, is_causal=causal, text_length=50, text_position="last", device=device
-    )
-    exact = allocate_levels(
-        want,
-        mask_mode=str(config.mask_mode),
-        mask_ratios=config.mask_ratios,
-        density=config.density,
-        block_n=config.block_n,
-        exponent=config.exponent,
-        keep_all=config.keep_all,
-        share_heads=config.share_heads,
-        mask=mask,
-    )
-    differing = float((levels != exact).float().mean())
-    fine = all(same_lists((blocks, ends), build_schedule(levels, ends.shape[-1])))
-    with poisoned():
-        other = schedule.build_schedule(levels.transpose(-1, -2), ends.shape[-1])
-    fine &= all(same_lists(other, build_schedule(levels.transpose(-1, -2), ends.shape[-1])))
-    said = f"importance {error:.1e}, levels that differ {differing:.1e}, schedules {'equal' if fine else 'DIFFER'}"
-    return error <= 4e-3 and differing <= 2e-3 and fine, said
+        out, plan = call(enable_gqa=True)
+        again, _ = call(enable_gqa=True)
+    exact = [x.double() for x in (q, k, v)]
+    causal = options.get("is_causal", False)
+    error = distance(out, psa.attend(*exact, plan, is_causal=causal, enable_gqa=True, backend="reference"))
+    said = f"out {error:.1e}, density {plan.density:.3f}" + ("" if torch.equal(out, again) else " NOT REPEATABLE")
+    return error <= TOLERANCE[dtype] and torch.equal(out, again), said
 
 
-def same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple[bool, bool]:
-    defined = torch.arange(want[0].shape[-1], device=want[0].device) < want[1][..., -1:]
-    return torch.equal(got[1], want[1]), torch.equal(got[0][defined], want[0][defined])
+def check_compiled(device: torch.device, seed: int) -> tuple[bool, str]:
+    """torch.compile(fullgraph=True), gradients included, gives what eager mode gives."""
+    config = PSAConfig(mask_mode="proportional", density=0.2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return psa.psa_attention(q, k, v, config=config)
+
+    pairs = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        q, k, v, _ = make(Case("", length_q=1500, length_k=1500), device, seed)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = function(*leaves)
+        pairs.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)))
+    errors = [distance(a, b) for a, b in zip(*pairs, strict=True)]
+    return max(errors) <= 1e-3, " ".join(f"{error:.1e}" for error in errors)
 
 
-def check_whole(length: int, causal: bool, device: torch.device, seed: int) -> tuple[bool, str]:
-    """Five launches against the reference on the levels that they chose."""
-    # The interpreter's products of bfloat16 are wrong.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v, _ = make(Case("", 1, 4, 2, length, length, dtype=dtype), device, seed)
-    config = PSAConfig(density=0.2, exponent=1.0)
-    with poisoned():
-        out, lse, selection = whole.forward(q, k, v, config, scale=128**-0.5, is_causal=causal)
-    want, want_lse = reference.forward(q, k, v, selection)
-    errors = distance(out, want), distance(lse, want_lse)
-    return max(errors) <= TOLERANCE[q.dtype], f"out {errors[0]:.1e} lse {errors[1]:.1e}"
+def check_waits(device: torch.device, seed: int) -> tuple[bool, str]:
+    """PyTorch raises where the host waits for the device: the whole call, attention with a plan, and gradients."""
+    q, k, v, selection = make(Case("", length_q=1500, length_k=1500), device, seed)
+    config = PSAConfig(mask_mode="proportional", density=0.2, bias="variance")
+
+    def calls() -> None:
+        whole.forward(q, k, v, config, scale=0.1)
+        out, lse = backend.forward(q, k, v, selection)
+        backend.backward(out, None, q, k, v, out, lse, selection)
+
+    calls()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True, "forward, whole call, backward"
+
+
+def check_tuned(device: torch.device, seed: int) -> tuple[bool, str]:
+    """PSA_AUTOTUNE=1 finds a launch that gives the right result, and writes it."""
+    q, k, v, selection = make(Case("", length_q=8192, length_k=8192, heads=8, kv_heads=8), device, seed)
+    want, _ = backend.forward(q, k, v, selection)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"PSA_AUTOTUNE": "1", "PSA_CACHE_DIR": folder}
+        autotune.memory_path.cache_clear()
+        try:
+            out, _ = backend.forward(q, k, v, selection)
+            (file,) = Path(folder).iterdir()
+            (found,) = json.loads(file.read_text()).items()
+        finally:
+            del os.environ["PSA_AUTOTUNE"], os.environ["PSA_CACHE_DIR"]
+            autotune.memory_path.cache_clear()
+    return distance(out, want) <= TOLERANCE[q.dtype], f"{found[0]}: {found[1]}"
 
 
 def check_graph(device: torch.device) -> tuple[bool, str]:
@@ -230,8 +149,11 @@ def check_far(device: torch.device) -> tuple[bool, str]:
     return torch.equal(out[:, -1:], alone), f"{q.numel():.2e} elements"
 
 
-def checks(device: torch.device, mode: str) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
-    seed = int(time.time()) if mode != "dry" else 0
+def checks(device: torch.device, mode: str, seed: int) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
+    """Every check of a mode by its name; the long ones first."""
+    for name in PUBLIC:
+        if mode != "dry" or name == "variance, video":
+            yield f"public call, {name}", lambda name=name: check_public(name, device, seed, small=mode == "dry")
     for case in CASES:
         if mode == "dry" and case.name not in ("single precision", "causal, grouped"):
             continue
@@ -256,21 +178,37 @@ def checks(device: torch.device, mode: str) -> Iterator[tuple[str, Callable[[], 
         name = f"whole call{', causal' if causal else ''}"
         yield name, lambda causal=causal, length=length: check_whole(length, causal, device, seed)
     if device.type == "cuda":
+        yield "compiled", lambda: check_compiled(device, seed)
+        yield "no waiting", lambda: check_waits(device, seed)
         yield "CUDA graph", lambda: check_graph(device)
         if mode == "part":
+            yield "tuned launches", lambda: check_tuned(device, seed)
             yield "beyond 2**31 elements", lambda: check_far(device)
 
 
-def run(recorder, device: torch.device, mode: str, only: str) -> None:
-    """One row per check. What raises has failed."""
-    for name, check in checks(device, mode):
-        if not re.search(only, name):
-            continue
-        start = time.monotonic()
-        try:
-            ok, said = check()
-        except Exception as error:
-            ok, said = False, f"{type(error).__name__}: {error}"[:300]
-        recorder.add(kind="check", name=name, ok=bool(ok), said=said, seconds=round(time.monotonic() - start, 2))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+ALONE = ("beyond 2**31 elements",)
+"""Checks that take most of the memory."""
+
+
+def check(name: str, mode: str, device: torch.device, seed: int) -> dict:
+    """The row of one check, by name. What raises has failed."""
+    start = time.monotonic()
+    try:
+        ok, said = dict(checks(device, mode, seed))[name]()
+    except Exception as error:
+        ok, said = False, f"{type(error).__name__}: {error}"[:300]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    seconds = round(time.monotonic() - start, 2)
+    return {"kind": "check", "name": name, "ok": bool(ok), "said": said, "seed": seed, "seconds": seconds}
+
+
+def run(recorder, device: torch.device, mode: str, only: str, workers: int) -> None:
+    """One row per check, in at most two thirds of the time; fresh random inputs each time."""
+    seed = int(time.time()) if mode != "dry" else 0
+    names = [name for name, _ in checks(device, mode, seed) if re.search(only, name) and name not in recorder.checked]
+    for chosen, count in (([n for n in names if n not in ALONE], workers), ([n for n in names if n in ALONE], 1)):
+        tasks = [(name, mode, device, seed) for name in chosen]
+        for (name, *_), row in spread(check, tasks, count, 2 / 3 * recorder.seconds_left):
+            left_out = {"kind": "check", "name": name, "ok": None, "said": "left out: the time is up"}
+            recorder.add(**(row or left_out))

@@ -10,12 +10,15 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
+
+from render_gpu import aot_table, gpu_picture, gpu_table
+from render_tiny import likeness_table, match_table, tiny_picture, training_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
+TRAINING = ROOT / "src" / "psa" / "tiny" / "model" / "training.json"
 PICTURES = ROOT / "docs" / "pictures"
 RIVALS = ("published topk", "one mean per block")
 ARENAS = ("trained", "synthetic", "held-out")
@@ -30,11 +33,6 @@ def load(name: str) -> list[Row]:
 
 def mean(values: list[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values)) if values else math.nan
-
-
-def average(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
 
 
 def errors(rows: list[Row], arena: str, order: str = "Gilbert", density: float = 0.15) -> dict[tuple[str, str], dict]:
@@ -180,46 +178,10 @@ def cpu_table(rows: list[Row], contenders: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def match_table(rows: list[Row]) -> str:
-    """How often the checker sees what the prompt says, and a bound of how much rarer by PSA."""
-    by = {method: {row["seed"]: row for row in rows if row["method"] == method} for method in ("dense", "psa")}
-    shared = sorted(by["dense"].keys() & by["psa"].keys())
-    lines = ["| method | videos | attention work | colour | shape | motion | all | below dense by |", "|" + "---|" * 8]
-    for method, found in by.items():
-        chosen = [found[seed] for seed in shared]
-        rates = (f"{average(row[name] for row in chosen):.1%}" for name in ("colour", "shape", "motion", "all"))
-        worse = [by["dense"][seed]["all"] - found[seed]["all"] for seed in shared]
-        bound = average(worse) + 1.645 * (average((x - average(worse)) ** 2 for x in worse) / max(1, len(worse))) ** 0.5
-        below = "" if method == "dense" else f"≤ {100 * bound:.1f} points"
-        work = average(row["measured_density"] for row in chosen)
-        lines.append(f"| {method} | {len(chosen)} | {work:.3f} | {' | '.join(rates)} | {below} |")
-    return "\n".join(lines)
-
-
-def likeness_table(rows: list[Row]) -> str:
-    """PSNR and SSIM to the dense clip by method and density, over the prompts that every setting was run on."""
-    by: dict[tuple[str, float], dict[int, Row]] = defaultdict(dict)
-    for row in rows:
-        if row["method"] != "dense":
-            by[row["method"], row["density"]][row["seed"]] = row
-    shared = set.intersection(*map(set, by.values())) if by else set()
-    lines = ["| method | density | videos | PSNR | SSIM | all seen |", "|" + "---|" * 6]
-    for (method, density), found in sorted(by.items(), key=lambda item: (item[0][1], item[0][0])):
-        psnr, ssim, seen = (average(found[seed][name] for seed in shared) for name in ("psnr", "ssim", "all"))
-        lines.append(f"| {method} | {density:g} | {len(shared)} | {psnr:.1f} dB | {ssim:.3f} | {seen:.0%} |")
-    return "\n".join(lines)
-
-
-def training_table() -> str:
-    facts = json.loads((ROOT / "src" / "psa" / "tiny" / "model" / "training.json").read_text())
-    lines = ["| stage | pixels | frames | tokens | batch | steps | clips | loss at the end |", "|" + "---|" * 8]
-    for stage in facts["stages"]:
-        last = [loss for name, _, loss in facts["loss"] if name == stage["name"]][-5:]
-        tokens = (1 + (stage["frames"] - 1) // 2) * (stage["pixels"] // 8) ** 2
-        cells = [stage[name] for name in ("name", "pixels", "frames")] + [tokens]
-        cells += [stage[name] for name in ("batch", "steps", "pool")] + [f"{average(last):.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def gpu_rows() -> list[Row]:
+    """Rows of every file that `gpu_check.sh` wrote."""
+    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in load(path.stem)]
+    return [row for row in rows if "kind" in row and "gpu" in row]
 
 
 def tables() -> dict[str, str]:
@@ -240,7 +202,9 @@ def tables() -> dict[str, str]:
         "tiny-match": match_table(load("tiny")),
         "tiny-curves": likeness_table(load("tiny")),
         "tiny-heads": methods_table(rows, "tiny"),
-        "tiny-training": training_table(),
+        "tiny-training": training_table(TRAINING),
+        "gpu": gpu_table(gpu_rows(), pictures=True),
+        "aot": aot_table(load("aot")),
     }
 
 
@@ -275,33 +239,13 @@ def calibration_picture(rows: list[Row]) -> None:
     figure.savefig(PICTURES / "calibration.svg", metadata={"Date": None})
 
 
-def tiny_picture() -> None:
-    """Frames of one prompt by every method that ``benchmarks/tiny.py --frames`` kept, side by side."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    with np.load(RESULTS / "tiny_frames.npz") as file:
-        prompt, clips = str(file["prompt"]), {name: file[name] for name in file.files if name != "prompt"}
-    count = len(next(iter(clips.values())))
-    figure, axes = plt.subplots(len(clips), count, figsize=(1.7 * count, 1.75 * len(clips)), constrained_layout=True)
-    for row, (name, frames) in zip(axes, clips.items(), strict=True):
-        for axis, frame in zip(row, frames, strict=True):
-            axis.imshow(frame)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=9)
-    figure.suptitle(prompt, fontsize=10)
-    figure.savefig(PICTURES / "tiny.png", dpi=90, metadata={"Software": None})
-
-
 def main() -> None:
     found = tables()
     for page in filter(Path.exists, PAGES):
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
-    tiny_picture()
+    tiny_picture(RESULTS / "tiny_frames.npz", PICTURES / "tiny.png")
+    gpu_picture(gpu_rows(), PICTURES)
 
 
 if __name__ == "__main__":

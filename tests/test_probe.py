@@ -81,14 +81,14 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         last = min((m + 1) * 64, lengths[0])
         index = torch.arange(m * 64, last).expand(4, 1, -1)
         column = lambda x, m=m: x[:, :, m : m + 1, None]  # noqa: E731
-        scored = Scored(column(levels), column(share), 0.7)
+        scored = Scored(column(levels), column(share), (3.0, 0.7))
         rows = Rows(torch.full((4, 1), m), index)
         squared, norms = row_errors(q, k, v, rows, scored, block_n=32, scale=32**-0.5, is_causal=causal, key_mask=mask)
         part = slice(m * 64, last)
         norm = true[:, :, part].square().sum((2, 3))
         for place, out in enumerate(outs):
             want = (out - true)[:, :, part].square().sum((2, 3))
-            found = squared[:, :, 0, 0, place] / norms[:, :, 0]
+            found = squared[:, :, 0, 0, 1, place] / norms[:, :, 0]
             torch.testing.assert_close(found, want / norm, rtol=2e-3, atol=1e-5)
 
 

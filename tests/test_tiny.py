@@ -1,21 +1,26 @@
 """The bundled model: its grammar, its checker on rendered and on corrupted clips, its training, and what it makes."""
 
+import json
 import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import psa
 from psa import demo
+from psa.cli import app
 from psa.errors import ConfigError
+from psa.models import name_of
 from psa.tiny import path
 from psa.tiny.autoencoder import train_autoencoder
 from psa.tiny.checker import matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
 from psa.tiny.train import WORDS, Run, Stage, Student, start_from
+from psa.video import read_video
 
 things = st.builds(Thing, *(st.sampled_from(list(names)) for names in (SIZES, COLOURS, SHAPES, MOTIONS)))
 pairs = st.lists(things, min_size=1, max_size=2, unique_by=lambda thing: thing.colour).map(tuple)
@@ -196,3 +201,44 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
         with psa.enable(pipe, config=demo.rivals(0.15)["psa"]):
             right["psa"] += demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size))["all"]
     assert right["dense"] >= 9 and right["psa"] >= right["dense"] - 2, right
+
+
+def test_it_is_a_checkpoint_like_any_other(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle growing over waves\na large cyan cross moving up over checks\n")
+    small = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "2"]
+    told = CliRunner().invoke(
+        app,
+        [
+            "generate",
+            "--model",
+            "tiny",
+            "--prompt_file",
+            str(prompts),
+            *small,
+            "--compare",
+            "--output_dir",
+            str(tmp_path),
+        ],
+    )
+    assert told.exit_code == 0, told.output
+    for name in ("video_0000", "video_0001"):
+        assert read_video(tmp_path / f"{name}.mp4").shape == (9, 64, 64, 3)
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["density"] <= 0.16 and record["compare"]["psnr"] > 10
+    assert name_of(demo.load_pipeline()) == "tiny"
+
+
+def test_demo_shows_numbers_and_pictures(tmp_path):
+    steps = []
+    result = demo.run(
+        "a large red circle moving right over stripes", tmp_path, steps=2, on_step=lambda *s: steps.append(s)
+    )
+    assert steps == [("dense", 1), ("dense", 2), ("psa", 1), ("psa", 2)]
+    assert result.tokens == 4352 and result.density <= 0.16 and result.speedup > 0 and 0 < result.ssim <= 1
+    assert read_video(result.video).shape == (33, 384, 768, 3)
+    assert result.picture.stat().st_size > 10_000
+    assert json.loads(result.record.read_text())["prompt"] == result.prompt
+    with pytest.raises(ConfigError, match="grammar"):
+        demo.run("a cat", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -1,7 +1,8 @@
 """The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
 
-Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked) and in
-whether the slope correction is added. A head's choice is a row of a table, so everything here stays on the device.
+Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked), in the cap
+of the variance bias and in whether the slope correction is added. A head's choice is a row of a table, so everything
+here stays on the device.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .allocate import BlockMask
-from .candidates import CAP, Choice, candidates, constant, levels_of, levels_of_all
+from .candidates import CAPS, Choice, candidates, constant, levels_of, levels_of_all
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
@@ -19,6 +20,8 @@ CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
 DROP_HANDICAP = 1.2
 """Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
+MISSED = 1.1
+"""A head whose measured error is more than so many times ``target_error`` runs dense."""
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
@@ -42,7 +45,7 @@ class Layer:
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
     def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
-        """Squared errors [B, H, S, C, 2] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
+        """Squared errors [B, H, S, C, K, 2] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
         assert self.v is not None
         return row_errors(
             self.q,
@@ -88,8 +91,18 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
             choice = curve.meeting(target / (error / target).clamp(min=1.0))
             levels, shares = lay_out(layer, choice)
             error = measure(layer, levels, shares, choice, salt=2)
+            missed = ~(error <= MISSED * target)
+            levels, shares = _dense_where(missed, layer, levels, shares)
+            choice, error = choice.dense_where(missed), error.masked_fill(missed, 0.0)
         choice = Choice(choice.candidate, choice.density, error)
-    return levels, torch.full_like(choice.density, CAP), shares, choice
+    return levels, constant(CAPS, levels.device)[choice.cap], shares, choice
+
+
+def _dense_where(missed: Tensor, layer: Layer, levels: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    exact = torch.ones((), dtype=levels.dtype, device=levels.device)
+    exact = exact if layer.mask.visible is None else exact * layer.mask.visible
+    missed = missed[..., None, None]
+    return torch.where(missed, exact, levels), shares.masked_fill(missed, 0.0)
 
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
@@ -167,15 +180,17 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
 def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> Tensor:
     """The relative error of the plan itself on rows of its own (by ``salt``), [B, H]."""
     rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
-    scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAP)
+    scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAPS)
     squared, norms = layer.errors(rows, scored)
-    return (squared[..., 0, 0].sum(-1) / norms.sum(-1).clamp(min=TINY)).sqrt()
+    error = squared[..., 0, :, 0].sum(2).gather(-1, choice.cap[..., None]).squeeze(-1)
+    return (error / norms.sum(-1).clamp(min=TINY)).sqrt()
 
 
 def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
     """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target`` [B, H], else 1.
 
-    Errors are made monotone from the right and interpolated linearly in logarithms.
+    Errors are made monotone from the right and interpolated linearly in logarithms; but not up to density 1, where
+    the error falls to zero at once.
     """
     log_target = target[..., None].log()
     curve = errors.clamp(min=1e-9).flip(-1).cummax(-1).values.flip(-1).log()
@@ -185,6 +200,7 @@ def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tenso
     x, y = densities.log().expand_as(curve), curve
     x0, x1, y0, y1 = (t.gather(-1, i) for t in (x, y) for i in (before, first))
     step = ((y0 - log_target) / (y0 - y1).clamp(min=1e-9)).clamp(0, 1)
+    step = step.masked_fill(x1 == 0, 1.0)
     found = torch.where(first == 0, x1, x0 + step * (x1 - x0)).exp()
     return torch.where(meets.any(-1, keepdim=True), found, torch.ones_like(found)).squeeze(-1)
 
@@ -220,7 +236,7 @@ def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
     mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
     every = [levels_of_all(density, importance, mask, layer.cap, layer.config) for density in ladder]
     levels = torch.stack([levels for step in every for levels in step], dim=3)
-    return Scored(levels, slope_shares(importance[:, :, :, None], levels), CAP)
+    return Scored(levels, slope_shares(importance[:, :, :, None], levels), CAPS)
 
 
 def _rows_of(x: Tensor, rows: Rows) -> Tensor:

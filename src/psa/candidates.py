@@ -11,16 +11,17 @@ from .allocate import BlockMask, allocate_levels
 from .config import PSAConfig
 from .published import stretched_levels
 
-CAP = 1.5
-"""Upper bound of the variance bias, in nats."""
+CAPS = (1.5, 4.0)
+"""Upper bounds of the variance bias, in nats."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of a head. mode: how importance becomes levels; exponent is of proportional mode."""
+    """One setting of a head. mode: how importance becomes levels; exponent is of proportional mode; cap: index."""
 
     exponent: float = 1.0
     keep_all: bool = True
+    cap: int = 0
     slope: bool = True
     mode: str = "proportional"
 
@@ -31,18 +32,19 @@ class Candidate:
     @property
     def name(self) -> str:
         kind = f"p{self.exponent:g}" + ("" if self.keep_all else " drop") if self.mode == "proportional" else self.mode
-        return kind + (" slope" if self.slope else "")
+        return f"{kind} cap{CAPS[self.cap]:g}" + (" slope" if self.slope else "")
 
 
 ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False), (3.0, False))
-PROPORTIONAL = tuple(Candidate(exponent, keep, slope) for exponent, keep in ALLOCATIONS for slope in (True, False))
+VARIANTS = tuple((cap, slope) for cap in range(len(CAPS)) for slope in (True, False))
+PROPORTIONAL = tuple(Candidate(*allocation, *variant) for allocation in ALLOCATIONS for variant in VARIANTS)
 """The first is used where nothing could be measured (a plan made without v)."""
-PUBLISHED = tuple(Candidate(1.0, False, slope, mode) for mode in ("topk", "thresholdbound") for slope in (True, False))
+PUBLISHED = tuple(Candidate(1.0, False, *variant, mode) for mode in ("topk", "thresholdbound") for variant in VARIANTS)
 CANDIDATES = PROPORTIONAL + PUBLISHED
 
 
 def candidates(config: PSAConfig) -> tuple[Candidate, ...]:
-    """What a configuration tries: the first of ``CANDIDATES``. With and without slope correction take turns."""
+    """What a configuration tries: the first of ``CANDIDATES``, every allocation in all ``VARIANTS``."""
     return CANDIDATES if config.published else PROPORTIONAL
 
 
@@ -66,12 +68,21 @@ class Choice:
     def unpack(cls, packed: Tensor) -> "Choice":
         return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
 
+    def dense_where(self, where: Tensor) -> "Choice":
+        """Density 1 in some heads [B, H]."""
+        return Choice(self.candidate, self.density.masked_fill(where, 1.0), self.error)
+
     @property
     def settings(self) -> Tensor:
         """exponent, keep_all and density, float32 [B, H, 3]."""
         exponents = table([c.exponent for c in CANDIDATES], self.candidate)
         keep = table([float(c.keep_all) for c in CANDIDATES], self.candidate)
         return torch.stack([exponents, keep, self.density.expand_as(exponents)], dim=-1)
+
+    @property
+    def cap(self) -> Tensor:
+        """Index into ``CAPS``, int64 [B, H]."""
+        return table([c.cap for c in CANDIDATES], self.candidate)
 
     @property
     def slope(self) -> Tensor:

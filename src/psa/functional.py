@@ -10,11 +10,12 @@ from .backends import reference
 from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
 from .errors import ConfigError, ShapeError
+from .order import token_order
 from .plan import Plan
-from .reorder import Permutation, SemanticState, reorder
-from .reorder.keys import key_order
+from .reorder import SemanticState
 from .slope import slope_correction
 from .state import ProbeState
+from .whole import at_once, plan_and_attend
 
 
 def psa_attention(
@@ -67,27 +68,20 @@ def psa_attention(
         raise ConfigError("attn_mask: not supported; use is_causal, key_mask [B, Lk], or a Plan from levels")
     if dropout_p:
         raise ConfigError(f"dropout_p: attention dropout is not supported, got {dropout_p!r}")
+    call = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if plan is None:
-        plan = make_plan(
-            q,
-            k,
-            config,
-            v=v,
-            density=density,
-            target_error=target_error,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            grid=grid,
-            text_length=text_length,
-            text_position=text_position,
-            key_mask=key_mask,
-        )
+        settings = resolve_config(config, density, target_error)
+        tokens = {"grid": grid, "text_length": text_length, "text_position": text_position, "key_mask": key_mask}
+        if at_once(q, k, settings, backend):
+            out, lse, plan = _at_once(q, k, v, settings, backend, **call, **tokens)
+            out = (out, lse) if return_lse else out
+        else:
+            plan = make_plan(q, k, settings, v=v, **call, **tokens)
+            out = attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend)
     elif any(given is not None for given in (config, density, target_error, key_mask, grid)):
         raise ConfigError("plan: a given plan fixes config, density, target_error, grid and key_mask; leave them out")
-    out = attend(
-        q, k, v, plan, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
-    )
+    else:
+        out = attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend)
     if not return_plan:
         return out
     return (*out, plan) if return_lse else (out, plan)
@@ -133,12 +127,9 @@ def make_plan(
     scale = check_scale(scale, q.shape[-1])
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
-    permutation = next_state = None
-    if settings.use_rearrange and (grid is not None or settings.rearrange_method == "semantic") and not is_causal:
-        permutation, next_state = _permutation(q, k, settings, grid, text_length, text_position, key_mask, state)
+    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
+    permutation, next_state = token_order(q, k, settings, grid=grid, key_mask=key_mask, state=state, **where)
     mask_in_order = key_mask
-    if settings.sort_keys and settings.type == "psa" and not is_causal:
-        permutation = _with_sorted_keys(q, k, key_mask, permutation, settings.block_n)
     if permutation is not None:
         q, k = permutation.apply_q(q), permutation.apply_k(k)
         v = None if v is None else permutation.apply_k(v)
@@ -244,6 +235,54 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def _at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: PSAConfig,
+    backend: str,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    grid: Grid | None,
+    text_length: int,
+    text_position: str,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Plan]:
+    """out, lse and the plan: :func:`make_plan` and :func:`attend` by one operator (see :mod:`psa.whole`)."""
+    q, k, v = _autocast(q, k, v)
+    check_tensors(q, k, v, enable_gqa)
+    check_text(q, k, grid, text_length, text_position, is_causal)
+    check_key_mask(key_mask, k)
+    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
+    order, next_state = token_order(q, k, config, grid=grid, key_mask=key_mask, **where)
+    mask = key_mask
+    if order is not None:
+        q, k, v = order.apply_q(q), order.apply_k(k), order.apply_k(v)
+        mask = None if key_mask is None else order.apply_k_mask(key_mask)
+    scale = check_scale(scale, q.shape[-1])
+    out, lse, levels, power, cap = plan_and_attend(
+        q, k, v, mask, config.key, scale, is_causal, text_length, text_position, backend
+    )
+    plan = Plan(
+        levels,
+        config.block_m,
+        config.block_n,
+        q.shape[2],
+        k.shape[2],
+        is_causal,
+        order,
+        query_power=power if power.numel() else None,
+        bias_cap=cap if cap.numel() else None,
+        key_mask=key_mask,
+        config=config,
+        text=(text_length, text_position),
+        reorder_state=next_state,
+    )
+    return (out, lse, plan) if order is None else (order.restore_q(out), order.restore_q(lse), plan)
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merges attention over two disjoint sets of keys exactly: ``out = Σ exp(lse_i - lse) out_i``.
 
@@ -283,42 +322,6 @@ def resolve_config(config: PSAConfig | None, density: float | None, target_error
 
 
 _DEFAULT = PSAConfig()
-
-
-def _permutation(
-    q: Tensor,
-    k: Tensor,
-    config: PSAConfig,
-    grid: Grid | None,
-    text_length: int,
-    text_position: str,
-    key_mask: Tensor | None,
-    state: SemanticState | None,
-) -> tuple[Permutation, SemanticState | None]:
-    return reorder(
-        config.rearrange_method,
-        q,
-        k,
-        grid,
-        text_length=text_length,
-        text_position=text_position,
-        tile_size=config.tile_size,
-        state=state,
-        key_mask=key_mask,
-        seed=config.seed,
-    )
-
-
-def _with_sorted_keys(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, base: Permutation | None, block_n: int
-) -> Permutation:
-    """``base`` with the keys of every block sorted, per head."""
-    if base is None:
-        order = key_order(q.detach(), k.detach(), key_mask, block_n)
-        return Permutation(torch.arange(q.shape[2], device=q.device), order)
-    key_mask = None if key_mask is None else base.apply_k_mask(key_mask)
-    order = key_order(q.detach(), base.apply_k(k).detach(), key_mask, block_n)
-    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -259,7 +259,9 @@ def _spread(tensor, batch):
     return tensor.expand(tensor.shape[0], batch, *tensor.shape[2:]).flatten(0, 1)
 
 
-def _vmap(op, first_tensors):
+def batched(op, first_tensors):
+    """The rule of an operator for ``torch.func.vmap``: the mapped dimension joins the batch."""
+
     def rule(info, dims, *args):
         args = _fold(info, dims, args)
         batch = args[first_tensors].shape[1]
@@ -271,6 +273,6 @@ def _vmap(op, first_tensors):
     return rule
 
 
-torch.library.register_vmap(select, _vmap(select, 0))
-torch.library.register_vmap(attend, _vmap(attend, 0))
-torch.library.register_vmap(attend_backward, _vmap(attend_backward, 0))
+torch.library.register_vmap(select, batched(select, 0))
+torch.library.register_vmap(attend, batched(attend, 0))
+torch.library.register_vmap(attend_backward, batched(attend_backward, 0))

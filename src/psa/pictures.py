@@ -78,7 +78,7 @@ def draw_level_matrix(axes: Any, plan: Plan, head: int = 0, batch: int = 0) -> t
     """Levels of one head as a matrix of query blocks × KV blocks; the image and the labels of its colours."""
     levels = plan.levels[batch % plan.levels.shape[0], head % plan.levels.shape[1]]
     cmap, norm, labels = level_colours(min(plan.block_n, MAX_LEVEL))
-    image = axes.imshow(exponents(levels).cpu(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+    image = axes.imshow(exponents(levels).cpu().numpy(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_xlabel("KV block")
     axes.set_ylabel("query block")
     per_head = plan.density_per_head[batch % plan.levels.shape[0], head % plan.levels.shape[1]]
@@ -107,7 +107,12 @@ def draw_level_frames(
     for axis, time in zip(axes, torch.linspace(0, grid[0] - 1, len(axes)).round().int().tolist(), strict=True):
         axis.imshow(frames[time * frames.shape[0] // grid[0]].numpy(), extent=(0, width, height, 0))
         image = axis.imshow(
-            levels[time], cmap=cmap, norm=norm, alpha=0.6, extent=(0, width, height, 0), interpolation="nearest"
+            levels[time].cpu().numpy(),
+            cmap=cmap,
+            norm=norm,
+            alpha=0.6,
+            extent=(0, width, height, 0),
+            interpolation="nearest",
         )
         axis.set_title(f"frame {time}" + (" (query's)" if time == t else ""), fontsize=9)
         axis.set_axis_off()

@@ -151,10 +151,10 @@ class Plan:
                 got = "dense attention" if config.target_error is not None else "one fixed setting"
                 text = f"no error is known for {int(blind.sum())} of {heads} heads: the plan was made without v"
                 notes.append(f"{text}, so nothing was probed and they got {got}; pass v to psa.plan")
-            missed = int(((self.choice[..., 1] > config.max_density) & ~blind).sum())
+            missed = int(((self.choice[..., 1] >= 1.0) & ~blind).sum())
             if missed and config.target_error is not None:
-                text = f"{missed} of {heads} heads cannot meet error {config.target_error:g} and run dense"
-                notes.append(f"{text} (max_density {config.max_density:g})")
+                text = f"{missed} of {heads} heads cannot meet error {config.target_error:g}"
+                notes.append(f"{text} below density {config.max_density:g} and run dense")
         if config.density is not None and self.density > config.density * 1.02:
             rest = f", above the {config.density:g} asked for"
             if self.pinned_density > config.density:

@@ -56,12 +56,12 @@ class Scored:
 
     Attributes:
         levels: uint8 [B, H, S, C, N]. shares: float [B, H, S, C, N], of the slope correction, as in
-        :func:`psa.slope.slope_correction`. cap: bound of the variance bias, in nats.
+        :func:`psa.slope.slope_correction`. caps: K bounds of the variance bias, in nats, that each is scored with.
     """
 
     levels: Tensor
     shares: Tensor
-    cap: float
+    caps: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -82,14 +82,14 @@ def row_errors(
     q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
 
     Returns, in units of the head's largest value:
-        errors float32 [B, H, S, C, 2], with the slope correction and without, and norms float32 [B, H, S]; sums over
-        the R rows of a query block.
+        errors float32 [B, H, S, C, K, 2], by cap, with the slope correction and without, and norms float32 [B, H, S];
+        sums over the R rows of a query block.
     """
     batch, heads, _, dim = q.shape
     groups = heads // k.shape[1]
     strata, each = rows.rows.shape[1:]
     count, blocks = scored.levels.shape[3:]
-    errors = torch.zeros(batch, heads, strata, count, 2, device=q.device)
+    errors = torch.zeros(batch, heads, strata, count, len(scored.caps), 2, device=q.device)
     norms = torch.zeros(batch, heads, strata, device=q.device)
     step = max(1, CHUNK // (each * (k.shape[2] * 8 + blocks * (dim + 1) * 2) + blocks * count * 8))
     power = q.float().square().mean(2)
@@ -99,7 +99,7 @@ def row_errors(
             if h % groups == 0:
                 kv = slice(h // groups, h // groups + 1)
                 pyramid = _Pyramid(k[b : b + 1, kv], v[b : b + 1, kv], block_n, mask)
-            bias = pyramid.variance_bias(power[b, h], scale, scored.cap)
+            bias = pyramid.variance_bias(power[b, h], scale, scored.caps)
             for first in range(0, strata, step):
                 part = slice(first, first + step)
                 index = rows.rows[h, part]
@@ -108,12 +108,12 @@ def row_errors(
                 position = (index + k.shape[2] - q.shape[2]).flatten()[:, None] if is_causal else None
                 levels, shares = scored.levels[b, h, part], scored.shares[b, h, part]
                 out = pyramid.outputs(logits, levels, bias, position)
-                slope = pyramid.slope(logits, levels, shares)
-                exact = out[:, -1:] / pyramid.top  # squares must not overflow
-                wrong = out[:, :-1] / pyramid.top - exact
-                slope /= pyramid.top
-                errors[b, h, part, :, 0] = (wrong + slope).square().sum((2, 3))
-                errors[b, h, part, :, 1] = wrong.square().sum((2, 3))
+                slope = pyramid.slope(logits, levels, shares) / pyramid.top  # squares must not overflow
+                exact = out[0][:, -1:] / pyramid.top
+                for cap, found in enumerate(out):
+                    wrong = found[:, :-1] / pyramid.top - exact
+                    errors[b, h, part, :, cap, 0] = (wrong + slope).square().sum((2, 3))
+                    errors[b, h, part, :, cap, 1] = wrong.square().sum((2, 3))
                 norms[b, h, part] = exact.square().sum((1, 2, 3))
     return errors, norms
 
@@ -141,19 +141,21 @@ class _Pyramid:
             self.counts.append(_pairs(self.counts[-1], 0))
             self.values.append(total.div_(2.0 if real is None else self.counts[-1][:, None].clamp(min=1)))
 
-    def variance_bias(self, power: Tensor, scale: float, cap: float) -> list[Tensor]:
-        """The factor exp(bias) of every group, [groups], for every level above 1."""
+    def variance_bias(self, power: Tensor, scale: float, caps: tuple[float, ...]) -> list[list[Tensor]]:
+        """The factor exp(bias) of every group, [groups], for every level above 1 and every cap."""
         sums, factors = self.centred[0, 0], []
         energy = sums.square() @ power
         for counts in self.counts[1:]:
             sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
             spread = energy / size - sums.square() @ power / size.square()
             spread = spread.nan_to_num(nan=torch.inf).clamp(min=0)  # the difference of two infinities
-            factors.append((0.5 * scale**2 * spread).clamp(max=cap).exp())
+            factors.append([(0.5 * scale**2 * spread).clamp(max=cap).exp() for cap in caps])
         return factors
 
-    def outputs(self, logits: Tensor, levels: Tensor, factors: list[Tensor], position: Tensor | None) -> Tensor:
-        """Outputs of every selection, and as the last one the exact output: [S, C + 1, R, D].
+    def outputs(
+        self, logits: Tensor, levels: Tensor, factors: list[list[Tensor]], position: Tensor | None
+    ) -> list[Tensor]:
+        """For every cap, outputs of every selection, and as the last one the exact output: [S, C + 1, R, D].
 
         logits [S * R, keys], levels [S, C, N], factors of :meth:`variance_bias`.
         """
@@ -164,15 +166,18 @@ class _Pyramid:
         total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         amount = (levels == 1).float()
         out, mass = self._sum(weight.div_(total), 0, amount), self._mass(weight, amount)
+        found = [(out.clone(), mass.clone()) for _ in factors[0]]
         shift, sums = peak + total.log(), logits if self.real is None else logits * self.counts[0]
         for e, counts in enumerate(self.counts[1:], start=1):
             sums = _pairs(sums, 1)
             weight = self._hide(sums / counts.clamp(min=1), e, position)
-            weight = weight.sub_(shift).exp_().mul_(counts * factors[e - 1])
+            weight = weight.sub_(shift).exp_().mul_(counts)
             amount = (levels == 1 << e).float()
-            out += self._sum(weight, e, amount)
-            mass += self._mass(weight, amount)
-        return out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny)
+            for (out, mass), factor in zip(found, factors[e - 1], strict=True):
+                corrected = weight * factor
+                out += self._sum(corrected, e, amount)
+                mass += self._mass(corrected, amount)
+        return [out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny) for out, mass in found]
 
     def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
         """The slope correction of every selection, [S, C, R, D], by the logits' spread inside groups."""

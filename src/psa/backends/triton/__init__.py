@@ -115,6 +115,15 @@ def plan_levels(q: Tensor, k: Tensor, config: PSAConfig, importance: Tensor, **o
     return select(q, k, config, scale=1.0, given=importance, **options)[0]
 
 
+def plan_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, config: PSAConfig, **options: Any
+) -> tuple[Tensor, Tensor, Selection]:
+    """out, lse and the selection from tokens in the plan's order, in five launches: see :mod:`.whole`."""
+    from .whole import forward as run
+
+    return run(q, k, v, config, **options)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq] (natural log)."""
     from .attend import forward as run

@@ -23,6 +23,7 @@ from .common import (
     whole_rows,
     whole_tiles,
 )
+from .tune import Launch
 
 
 @triton.jit
@@ -115,9 +116,12 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     batch, heads, length_q, _ = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
-    launch = call.launch("forward")
-    _psa_fwd_kernel[(triton.cdiv(length_q, launch.BLOCK_M), batch * heads)](
-        q, *call.tensors(), out, lse, q.stride(), out.stride(), *call.strides(), *call.sizes(),
-        **call.constants(), **launch.options(),
-    )  # fmt: skip
+
+    def run(launch: Launch) -> None:
+        _psa_fwd_kernel[(triton.cdiv(length_q, launch.BLOCK_M), batch * heads)](
+            q, *call.tensors(), out, lse, q.stride(), out.stride(), *call.strides(), *call.sizes(),
+            **call.constants(), **launch.options(),
+        )  # fmt: skip
+
+    call.run("forward", run)
     return out, lse

@@ -68,7 +68,7 @@ def _solve_kernel(
     program = tl.program_id(0)
     exponent, keep_all, density = head_setting(settings_ptr, program, exponent, keep_all, density, PER_HEAD)
     lowest = -60.0 * exponent - 2.0
-    span = blocks_m.to(tl.int64) * blocks_n
+    span = tl.cast(blocks_m, tl.int64) * blocks_n
     members = heads if SHARED else 1
     total = span * members
     head = 0 if SHARED else program % heads

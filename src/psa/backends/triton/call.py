@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ...config import MAX_LEVEL
 from ..base import Selection
+from .autotune import Run, tuned
 from .pool import Pyramid, build_pyramid
 from .schedule import build_schedule
-from .tune import Launch, has_extras, launch_for, padded
+from .tune import has_extras, launch_for, padded
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Call:
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
         }
 
-    def launch(self, kernel: str) -> Launch:
-        return launch_for(kernel, self.q, self.selection.block_m, has_extras(kernel, self.constants()))
+    def run(self, kernel: str, run: Run) -> None:
+        """Runs a kernel with the launch that suits this call."""
+        constants = self.constants()
+        default = launch_for(kernel, self.q, self.selection.block_m, has_extras(kernel, constants))
+        run(tuned(kernel, self.q, constants, default, run))
 
 
 def broadcast_strides(x: Tensor, unit: int = 1) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from .common import (
 )
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import readers, tile_count
-from .tune import padded
+from .tune import Launch, padded
 
 ROW_CONSTANTS = (
     "GROUP", "D", "D_PAD", "block_m", "block_n", "LOG2_BLOCK", "LEVELS", "CAUSAL", "ROW_BIAS", "PAIR_BIAS", "PRECISION",
@@ -173,11 +173,14 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) 
 def _grad_queries(call: Call, grad_out: Tensor, log2_lse: Tensor, delta: Tensor) -> Tensor:
     q = call.q
     grad_q = torch.empty_like(q)
-    launch = call.launch("grad_queries")
-    _psa_bwd_dq_kernel[(triton.cdiv(q.shape[2], launch.BLOCK_M), q.shape[0] * q.shape[1])](
-        q, *call.tensors(), grad_out, log2_lse, delta, grad_q, q.stride(), grad_out.stride(), grad_q.stride(),
-        *call.strides(), *call.sizes(), **call.constants(), **launch.options(),
-    )  # fmt: skip
+
+    def run(launch: Launch) -> None:
+        _psa_bwd_dq_kernel[(triton.cdiv(q.shape[2], launch.BLOCK_M), q.shape[0] * q.shape[1])](
+            q, *call.tensors(), grad_out, log2_lse, delta, grad_q, q.stride(), grad_out.stride(), grad_q.stride(),
+            *call.strides(), *call.sizes(), **call.constants(), **launch.options(),
+        )  # fmt: skip
+
+    call.run("grad_queries", run)
     return grad_q
 
 
@@ -185,24 +188,28 @@ def _grad_rows(
     call: Call, k: Tensor, v: Tensor, grad_out: Tensor, log2_lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     q, pyramid, levels = call.q, call.pyramid, call.selection.levels.contiguous()
-    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-    launch, constants = call.launch("grad_rows"), call.constants()
+    grad_k, grad_v, constants = torch.empty_like(k), torch.empty_like(v), call.constants()
     block_n, count = call.selection.block_n, constants["LEVELS"]
     heads, length_q, length_k, blocks, rows, scale_log2 = call.sizes()
-    lists, sizes = readers(levels, block_n, launch.BLOCK_N, count)
     batch_heads = k.shape[0] * k.shape[1]
     pooled = q.new_empty(2, batch_heads, rows - blocks * block_n, k.shape[-1], dtype=torch.float32)
-    whole = tile_count(blocks, block_n, launch.BLOCK_N, 1)
-    list_strides = broadcast_strides(lists, lists.shape[-1])
     _, bias_strides, pair_strides = call.strides()
-    for first, tiles in ((True, lists.shape[2] - whole), (False, whole)):
-        _psa_bwd_dkv_kernel[(tiles, batch_heads)](
-            q, pyramid.keys, pyramid.values, pyramid.counts, pyramid.bias, levels, call.tensors()[-1], lists, sizes,
-            grad_out, log2_lse, delta, pooled, grad_k, grad_v,
-            q.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), list_strides, broadcast_strides(levels),
-            bias_strides, pair_strides, 0 if pyramid.counts.shape[0] == 1 else rows,
-            heads, length_q, length_k, lists.shape[-1], blocks, rows, scale_log2,
-            **{name: constants[name] for name in ROW_CONSTANTS}, POOLED=first,
-            BLOCK_M=launch.BLOCK_M, BLOCK_N=launch.BLOCK_N, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
+
+    def run(launch: Launch) -> None:
+        lists, sizes = readers(levels, block_n, launch.BLOCK_N, count)
+        list_strides = broadcast_strides(lists, lists.shape[-1])
+        whole = tile_count(blocks, block_n, launch.BLOCK_N, 1)
+        for first, tiles in ((True, lists.shape[2] - whole), (False, whole)):
+            _psa_bwd_dkv_kernel[(tiles, batch_heads)](
+                q, pyramid.keys, pyramid.values, pyramid.counts, pyramid.bias, levels, call.tensors()[-1], lists,
+                sizes, grad_out, log2_lse, delta, pooled, grad_k, grad_v,
+                q.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), list_strides,
+                broadcast_strides(levels), bias_strides, pair_strides, 0 if pyramid.counts.shape[0] == 1 else rows,
+                heads, length_q, length_k, lists.shape[-1], blocks, rows, scale_log2,
+                **{name: constants[name] for name in ROW_CONSTANTS}, POOLED=first,
+                BLOCK_M=launch.BLOCK_M, BLOCK_N=launch.BLOCK_N, num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )  # fmt: skip
+
+    call.run("grad_rows", run)
     return grad_k, grad_v

@@ -1,4 +1,4 @@
-"""Which tile shape, warps and pipeline depth each kernel uses: a table, and on request a search that is remembered."""
+"""Which tile shape, warps and pipeline depth each kernel uses: a table (:mod:`.autotune` can search for better)."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache

@@ -1,0 +1,219 @@
+"""From q, k and v to out: how many launches, no wait for the device, and the same results as a plan made apart."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+import psa
+from psa.backends import triton as backend
+from psa.backends.triton import attend, budget, gradients, importance, pool, schedule, select, transposed, whole
+from psa.backends.triton.attend import prepare
+
+pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
+
+MODES = {
+    "topk": {"mask_mode": "topk"},
+    "thresholdbound": {"mask_mode": "thresholdbound"},
+    "proportional": {"mask_mode": "proportional", "density": 0.3},
+    "tau": {"mask_mode": "proportional", "tau": 0.04},
+    "variance": {"bias": "variance", "density": 0.3},
+    "capped": {"mask_mode": "topk", "use_sim_mask": True, "sim_thresholds": {2: 0.0, 4: 0.05, 8: 0.02}},
+}
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount", "item")
+"""What waits for the device, because its value or its shape is known only there."""
+
+
+def tensors(length_q=130, length_k=205, heads=2, kv_heads=1, dim=32, seed=4):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, heads, length_q, dim, generator=g)
+    return q, *torch.randn(2, 1, kv_heads, length_k, dim, generator=g)
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where the host would wait for the device. Off inside of kernels: the interpreter itself waits."""
+
+    active = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if self.active:
+            assert name not in WAITS, f"{name} waits for the device"
+            assert not (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])), "mask"
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched(monkeypatch):
+    """Names of the kernels that are launched, while nothing may wait."""
+    launched, mode = [], NoWaits()
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.append(self.kernel.__name__)
+                mode.active = False
+                self.kernel[grid](*args, **options)
+                mode.active = True
+
+            return launch
+
+    with monkeypatch.context() as patch:
+        for module in (attend, budget, gradients, importance, pool, schedule, select, transposed):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel") and hasattr(kernel, "run"):
+                    patch.setattr(module, name, Watched(kernel))
+        with mode:
+            yield launched
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_five_launches_and_no_wait(mode, causal, monkeypatch):
+    q, k, v = tensors()
+    config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
+    with watched(monkeypatch) as launched:
+        whole.forward(q, k, v, config, scale=0.2, is_causal=causal)
+    assert launched[0] == "_pool_kernel" and launched[-1] == "_psa_fwd_kernel" and len(launched) <= 5
+    assert ("_solve_kernel" in launched) == (mode in ("proportional", "variance"))
+
+
+def test_masks_and_similarity_wait_for_nothing_either(monkeypatch):
+    q, k, v = tensors()
+    mask = torch.arange(205)[None] < 150
+    config = psa.PSAConfig(block_m=64, block_n=32, **MODES["capped"])
+    with watched(monkeypatch) as launched:
+        whole.forward(q, k, v, config, scale=0.2, text_length=9, key_mask=mask)
+    assert len(launched) <= 5
+
+
+def test_attention_and_gradients_wait_for_nothing(monkeypatch):
+    q, k, v = tensors()
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk")
+    _, _, selection = whole.forward(q, k, v, config, scale=0.2)
+    with watched(monkeypatch) as launched:
+        out, lse = backend.forward(q, k, v, selection)
+    assert launched == ["_pool_kernel", "_schedule_kernel", "_psa_fwd_kernel"]
+    with watched(monkeypatch) as launched:
+        backend.backward(out, lse, q, k, v, out, lse, selection)
+    assert len(launched) == 7
+
+
+def test_a_wait_would_be_seen():
+    for waits in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()):
+        with pytest.raises(AssertionError, match=r"waits|mask"), NoWaits():
+            waits(torch.ones(3))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What a tensor on a GPU would take: one operator, and the device's kernels inside."""
+    monkeypatch.setattr(psa.whole, "on_gpu", lambda q: True)
+    monkeypatch.setattr(psa.whole, "planner", lambda *call: backend)
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "video": {"grid": (3, 7, 9), "text_length": 16, "text_position": "first"},
+    "masked": {"key_mask": torch.arange(205)[None] < 150},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("capped", "masked"), ("capped", "plain")],
+)
+def test_one_operator_is_plan_and_attend(mode, options, on_gpu):
+    q, k, v = tensors(205)
+    config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
+    call = OPTIONS[options] | {"enable_gqa": True, "config": config, "return_lse": True, "return_plan": True}
+    first = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse, plan = psa.psa_attention(*first, **call, backend="triton")
+    second = [x.clone().requires_grad_() for x in (q, k, v)]
+    causal = call.get("is_causal", False)
+    want, want_lse = psa.attend(*second, plan, is_causal=causal, enable_gqa=True, return_lse=True, backend="reference")
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=1e-4)
+    loss = lambda out, lse: out.square().sum() + lse.sum()  # noqa: E731
+    for a, b in zip(
+        torch.autograd.grad(loss(out, lse), first), torch.autograd.grad(loss(want, want_lse), second), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    apart = psa.plan(
+        q, k, config, **{name: x for name, x in call.items() if name not in ("config", "return_lse", "return_plan")}
+    )
+    assert (plan.levels != apart.levels).float().mean() <= 0.02
+    assert plan.density == pytest.approx(apart.density, rel=0.02) and plan.text == apart.text
+
+
+def test_one_operator_in_a_compiled_graph(on_gpu, monkeypatch):
+    q, k, v = tensors(205, 205)
+    config = psa.PSAConfig(block_m=64, block_n=32, density=0.3, bias="variance")
+
+    def call(q, k, v):
+        return psa.psa_attention(q, k, v, config=config, enable_gqa=True, backend="triton").square()
+
+    eager, traced = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, want = compiled(*traced), call(*eager)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), traced), torch.autograd.grad(want.sum(), eager), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operator_passes_opcheck(on_gpu):
+    q, k, v = (x.requires_grad_() for x in tensors(64, 64, dim=16))
+    key = psa.PSAConfig(block_m=64, block_n=32, density=0.3, bias="variance").key
+    torch.library.opcheck(torch.ops.psa.plan_and_attend, (q, k, v, None, key, 0.2, False, 0, "last", "triton"))
+
+
+def test_what_the_kernels_do_not_cover_goes_another_way(on_gpu, monkeypatch):
+    q, k, v = tensors(65, 65)
+    monkeypatch.setattr(psa.whole, "planner", lambda *call: None)
+    config = psa.PSAConfig(block_m=64, block_n=32, density=0.3, bias="variance")
+    out, plan = psa.psa_attention(q, k, v, config=config, enable_gqa=True, return_plan=True)
+    torch.testing.assert_close(
+        out, psa.attend(q, k, v, plan, enable_gqa=True, backend="reference"), atol=2e-5, rtol=1e-4
+    )
+    for changes in ({"rank_exponent": 0.5}, {"importance": "antidiagonal"}, {"slope": True}):
+        assert not psa.whole.at_once(q, k, config.replace(**changes), "auto")
+    for changes in ({"bias": "measured"}, {"density": 0.3, "mask_mode": "auto", "bias": "count"}, {"type": "dense"}):
+        assert not psa.whole.at_once(q, k, config.replace(**changes), "auto")
+    assert not psa.whole.at_once(q, k, config, "torch")
+
+
+def test_the_schedule_takes_at_most_four_bytes_per_pair():
+    """Lists of int32, one entry per pair, and 4 bytes per level and query block; nothing else is kept."""
+    q, k, v = tensors(1000, 4000)
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk")
+    _, _, selection = whole.forward(q, k, v, config, scale=0.2)
+    call = prepare(q, k, v, selection)
+    pairs = selection.levels.numel()
+    assert call.blocks.numel() * call.blocks.element_size() <= 4 * pairs
+    assert call.ends.numel() == selection.levels.shape[1] * 16 * 6
+    assert int(call.blocks[..., 0].min()) >= 0
+
+
+@pytest.mark.slow
+def test_heads_that_lie_far_apart(monkeypatch):
+    """Offsets beyond 2**31 elements: four heads 2**30 apart, in memory that is reserved and hardly touched."""
+    torch.use_deterministic_algorithms(False)  # would fill it
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)  # would copy it onto itself
+    room = torch.empty(3 * 2**30 + 2**20, dtype=torch.float16)
+    near = [x.half() for x in tensors(70, 90, heads=4, kv_heads=4, dim=16)]
+    far = [room.as_strided(x.shape, (0, 2**30, 16, 1), 2**18 * i) for i, x in enumerate(near)]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk", mask_ratios={1: (0, 0.4), 4: (0.4, 1.0)})
+    results = []
+    for q, k, v in (near, far):
+        out, lse, selection = whole.forward(q, k, v, config, scale=0.2)
+        results.append((out, lse, *backend.backward(out, None, q, k, v, out, lse, selection)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].abs().sum() > 0
