@@ -159,6 +159,8 @@ def test_missing_weights_name_the_command_that_fetches_them(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PSAError, match=r"hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers$"):
         generate(GenerateRequest("wan21_1.3b", ("a cat",)))
+    with pytest.raises(PSAError, match="num_frames: 0 is not"):  # what needs no files is told first
+        generate(GenerateRequest("wan21_1.3b", ("a cat",), num_frames=0))
     with pytest.raises(
         PSAError, match=r"hf download GYP666/BLADE .*pytorch_lora_weights.safetensors --local-dir ./weights$"
     ):

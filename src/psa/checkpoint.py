@@ -65,7 +65,7 @@ class Checkpoint:
             raise ConfigError(f"{path}: not a JSON file ({error})") from error
 
     def missing(self, error: Exception) -> PSAError:
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
         if self.folder is not None:
             return PSAError(f"{self.source}: cannot be loaded ({reason})")
         return PSAError(
@@ -80,6 +80,8 @@ class Checkpoint:
     @cached_property
     def steps_in(self) -> tuple[int, int]:
         """(multiple that width and height must be of, frames between valid frame counts), from the configurations."""
+        if self.known and self.folder is None:
+            return self.known.multiple, self.known.frame_step
         vae, transformer = self.read("vae/config.json"), self.read("transformer/config.json")
         if not vae or not transformer:
             return (self.known.multiple, self.known.frame_step) if self.known else (16, 4)

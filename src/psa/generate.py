@@ -110,7 +110,9 @@ def load(request: GenerateRequest) -> Any:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=known.flow_shift)
     weights = lora_file(request.lora_path, known.lora if known else None)
     if weights:
-        pipe.load_lora_weights(weights, adapter_name="psa")
+        # By name: without one, diffusers 0.36 refuses even a local file when it is told to stay offline.
+        file = Path(weights)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="psa")
     if known and known.lora:
         from diffusers import CogVideoXDPMScheduler
 

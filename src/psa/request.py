@@ -147,6 +147,8 @@ def check(request: GenerateRequest) -> None:
     checkpoint = request.checkpoint()
     checkpoint.check()
     checkpoint.check_size(request.width, request.height, request.num_frames)
+    if not checkpoint.class_name:
+        raise ConfigError(f"{checkpoint.source}: its model_index.json names no pipeline")
     lora_file(request.lora_path, request.known.lora if request.known else None)
     check_processes(request)
 
