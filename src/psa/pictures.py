@@ -107,7 +107,12 @@ def draw_level_frames(
     for axis, time in zip(axes, torch.linspace(0, grid[0] - 1, len(axes)).round().int().tolist(), strict=True):
         axis.imshow(frames[time * frames.shape[0] // grid[0]].numpy(), extent=(0, width, height, 0))
         image = axis.imshow(
-            levels[time].cpu().numpy(), cmap=cmap, norm=norm, alpha=0.6, extent=(0, width, height, 0), interpolation="nearest"
+            levels[time].cpu().numpy(),
+            cmap=cmap,
+            norm=norm,
+            alpha=0.6,
+            extent=(0, width, height, 0),
+            interpolation="nearest",
         )
         axis.set_title(f"frame {time}" + (" (query's)" if time == t else ""), fontsize=9)
         axis.set_axis_off()
