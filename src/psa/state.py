@@ -39,9 +39,9 @@ class ProbeState:
         plan = psa.plan(q, k, config, v=v, probes=state, layer="blocks.3", step=7)
         out = attention(q, k, v, layer="blocks.3", step=7)  # attention.probe_state
 
-    ``layer`` is anything whose ``str`` names the layer in every run (two calls of one layer in a step, as with guidance,
-    need two names); ``step`` is the whole number of the denoising step, read from the scheduler. Steps go up; a step
-    before the last probe's begins a new run.
+    ``layer`` is anything whose ``str`` names the layer in every run (two calls of one layer in a step, as with
+    guidance, need two names); ``step`` is the whole number of the denoising step, read from the scheduler. Steps go up;
+    a step before the last probe's begins a new run.
 
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then, for a step before the last probe's, and
