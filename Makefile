@@ -12,7 +12,7 @@ TESTS := $(RUN)/python -m pytest -n 2 --ignore=tests/triton
 KERNELS := TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/triton
 # The oldest diffusers that is claimed, laid over the newest.
 FLOOR := $(VENV)/diffusers-0.36.0
-OLDEST := PYTHONPATH=$(FLOOR) $(RUN)/python -m pytest -n 2 tests/test_diffusers.py
+OLDEST := PYTHONPATH=$(FLOOR) $(RUN)/python -m pytest -n 2 tests/test_diffusers*.py tests/test_generate*.py
 
 .PHONY: help demo test test-all lint bench docs setup clean
 .DEFAULT_GOAL := help

@@ -62,7 +62,6 @@ def compile_variant(variant) -> dict:
         "blocks_per_sm": min(per_sm, 64 // warps),
         "tensor_core": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|OMMA|QMMA)\b", code))),
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", code)),
-        "wide_copies": len(re.findall(r"\bLDGSTS\S*\.128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
         "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
         "triton": triton.__version__,
     }

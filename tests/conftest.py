@@ -21,3 +21,19 @@ def poisoned_memory():
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """kind -> folder of a tiny checkpoint, made when first asked for."""
+    import tiny_checkpoints as tiny
+
+    base, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def get(kind, **options):
+        name = kind + "".join(f"-{o}" for o in options)
+        if name not in made:
+            made[name] = str(tiny.save(kind, base / name, **options))
+        return made[name]
+
+    return get

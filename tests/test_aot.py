@@ -1,6 +1,7 @@
 """Ahead-of-time compilation without a GPU: nothing spills, and the tensor cores are used."""
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import replace
@@ -57,6 +58,27 @@ def test_arguments_that_equal_one_compile():
         ones = {name: 1 for name, kind in variant.signature.items() if kind == "i32"}
         signature = variant.signature | dict.fromkeys(ones, "constexpr")
         aot.compile_variant(replace(variant, signature=signature, constexprs=variant.constexprs | ones))
+
+
+def test_faults_are_found(monkeypatch):
+    """A spill, and what a kernel without matrix products does not have."""
+    (variant,) = pick(90, "_psa_bwd_delta_kernel/wide/")
+    row = aot.compile_variant(variant)
+    assert aot.faults(variant, row) == [] and row["tensor_core"] == [] and row["async_copies"] == 0
+    wrong = aot.faults(replace(variant, instruction="HGMMA", copies=True), row)
+    assert wrong == ["lacks HGMMA, has no tensor-core instruction", "has no asynchronous copies"]
+    assert "HMMA" in aot.faults(replace(variant, instruction="HGMMA"), row | {"tensor_core": ["HMMA"]})[0]
+    monkeypatch.setitem(aot.SHARED_LIMIT, 90, -1)
+    assert "shared memory" in aot.faults(variant, row)[0]
+    squeezed = replace(variant, options=variant.options | {"maxnreg": 24})
+    assert "spills" in aot.faults(squeezed, aot.compile_variant(squeezed))[0]
+
+
+def test_the_recorded_compilations_are_those_that_ship():
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "aot.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["name"] for row in rows] == [variant.name for variant in aot.variants((80, 90, 100, 120))]
+    assert [row["name"] for row in rows if row["faults"] or row["spills"]] == []
 
 
 def test_names_are_unique_and_say_what_they_are():

@@ -277,3 +277,15 @@ def test_a_section_lays_over_a_section(tmp_path):
     sections = presets.load(file)
     assert sections["Wan2.1_14b"].default == "baseline" and "psa_balanced" in sections["Wan2.1_14b"].presets
     assert sections["Mine"].get().density == 0.2 and sections["Wan2.2_5B"].divisors == (32, 32, 4)
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_the_table_of_presets_fits_80_columns(explain, monkeypatch, capsys):
+    from rich.console import Console
+
+    from psa import cli
+
+    monkeypatch.setattr(cli, "out", Console(width=80))
+    cli.list_presets(explain=explain)
+    said = capsys.readouterr().out
+    assert "…" not in said and "psa_balanced*" in said and "thresholdbound" in said

@@ -169,6 +169,17 @@ def test_steps_survive_rounding_and_scaling(dtype, factor):
     assert reader.steps == 50 and reader.run == 2
 
 
+def test_steps_of_models_that_count_from_noise_to_picture():
+    """Lumina 2 and Z-Image are sent one minus the fraction."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    reader = StepReader()
+    for count in (30, 7):
+        scheduler.set_timesteps(count)
+        for i, t in enumerate(scheduler.timesteps):
+            assert reader.read((1 - t / 1000).expand(2), scheduler) == i
+    assert reader.run == 2
+
+
 def test_steps_without_a_scheduler():
     reader = StepReader()
     times = [torch.tensor(t) for t in (999, 999, 500, 500, 1, 1, 999, 500, 999, 999, 500)]
@@ -193,6 +204,7 @@ def test_layout_is_read_and_checked():
 
     expected = {
         "wan": ((4, 12, 13), 0), "cogvideox": ((4, 12, 13), 16), "cogvideox1.5": ((3, 12, 13), 16),
+        "kandinsky": ((4, 12, 13), 0), "sd3": ((1, 24, 26), 16), "lumina2": ((1, 24, 26), 16),
         "hunyuan": ((4, 12, 13), 16), "ltx": ((4, 12, 13), 0), "flux": ((1, 24, 26), 16), "qwen": ((1, 24, 26), 16),
     }  # fmt: skip
     for name, (grid, text) in expected.items():
@@ -213,6 +225,21 @@ def test_cross_attention_stays_dense_even_at_equal_lengths(wan):
         assert all("attn2" not in name for name in handle.sessions["transformer"].names)
 
 
+def test_masks_that_are_more_than_padding_stay_dense_and_are_told_of(wan):
+    q, mask = torch.randn(1, 64, 2, 24), torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
+    with psa.enable(wan, density=0.3) as handle:
+        session = handle.sessions["transformer"]
+        with pytest.warns(UserWarning, match="more than which tokens are padding; such calls stay dense"):
+            assert session.attend(0, q, q, q, mask, None, lambda: q) is q
+
+
+def _sana():
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=24, caption_channels=32,
+        num_cross_attention_heads=2, cross_attention_head_dim=24, cross_attention_dim=48, sample_size=32, patch_size=1,
+    )  # fmt: skip
+
+
 def test_what_cannot_be_served_is_refused():
     with pytest.raises(ConfigError, match="expected a diffusers pipeline"):
         psa.enable(torch.nn.Linear(2, 2))
@@ -220,6 +247,8 @@ def test_what_cannot_be_served_is_refused():
     for options in ({"warmup_steps": -1}, {"dense_layers": [9]}, {"text_position": "middle"}, {"density": 2.0}):
         with pytest.raises(ConfigError):
             psa.enable(model, **options)
+    with pytest.raises(PSAError, match="SanaLinearAttnProcessor2_0 neither"):
+        psa.enable(_sana(), density=0.5)
     with pytest.raises(PSAError, match="no transformer"):
         psa.enable(tiny.make("wan21_1.3b").vae, density=0.5)
 

@@ -13,7 +13,8 @@ from tiny_lm import text_model
 
 import psa
 from psa.integrations import transformers as integration
-from psa.integrations.prefill import Prefill, RealTokens, psa_mask
+from psa.integrations.masks import RealTokens, psa_mask
+from psa.integrations.prefill import Prefill
 from psa.integrations.transformers import enable_model, supports
 
 SMALL = {"block_m": 16, "block_n": 16}
@@ -21,7 +22,7 @@ EXACT = psa.PSAConfig(**SMALL, mask_mode="topk", mask_ratios={1: (0.0, 1.0)})
 SPARSE = psa.PSAConfig(**SMALL, density=0.4)
 TOPK = psa.PSAConfig(**SMALL, mask_ratios={1: (0.0, 0.3), 2: (0.3, 0.5), 4: (0.5, 0.8), 0: (0.8, 1.0)})
 VLMS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "internvl")
-TEXT = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "deepseek")
+TEXT = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "deepseek", "gpt2", "bamba")
 LOCAL = ("mistral", "gemma2", "gemma3", "gpt_oss")
 
 
@@ -146,10 +147,26 @@ def test_batch_of_videos_with_padding_equals_each_alone():
         close(together[1], logits(model, **long)[0])
 
 
+@pytest.mark.parametrize("side", ("right", "left", "short"))
+def test_generation_from_padded_prompts_starts_as_dense_does(llama, side):
+    """Right padding too, where generate() takes the first token from the padding's last row."""
+    ids, mask = tokens(3, 120), torch.ones(3, 120, dtype=torch.long)
+    if side == "short":
+        mask[0, :110], mask[1, 4:] = 0, 0
+    else:
+        mask[0, slice(-30, None) if side == "right" else slice(30)] = 0
+    call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    dense = llama.generate(**call)
+    with enable_model(llama, config=EXACT, min_queries=32):
+        assert torch.equal(llama.generate(**call), dense)
+        assert torch.equal(llama.generate(**call, prefill_chunk_size=48), dense)
+
+
 def test_real_tokens_are_runs_or_indices():
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
     rows = RealTokens.read(mask).rows
     assert rows[0] == slice(1, 3) and rows[1].tolist() == [0, 2, 3] and rows[2] == slice(0, 0)
+    assert RealTokens.read(mask).padded_end == [True, False, True]
     assert RealTokens.read(torch.ones(2, 5, dtype=torch.bool)).rows is None
 
 
@@ -324,6 +341,26 @@ def test_vision_tower_on_request():
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
+def test_the_automatic_mode_probes_every_call_and_reports_its_error(llama):
+    """A prefill is one shot, so no choice is carried over: chunks probe like prompts, and may choose otherwise."""
+    ids, config = tokens(2, 256), psa.PSAConfig(**SMALL, density=0.5)
+    assert config.mask_mode == "auto"
+    with enable_model(llama, config=config, min_queries=32) as handle:
+        one, again = logits(llama, input_ids=ids), logits(llama, input_ids=ids)
+        assert torch.equal(one, again)
+        whole = handle.stats["layers"][0]
+        assert 0 < whole["error"] < 1 and whole["density"] == pytest.approx(0.5, abs=0.05)
+        handle.reset_stats()
+        llama.generate(input_ids=ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=128)
+        assert handle.stats["layers"][0]["sparse_calls"] == 2 and handle.stats["layers"][0]["error"] < 1
+    with enable_model(llama, config=SPARSE.replace(mask_mode="proportional"), min_queries=32) as handle:
+        logits(llama, input_ids=ids)
+        assert handle.stats["layers"][0]["error"] is None
+    dense = logits(llama, input_ids=ids)
+    with enable_model(llama, config=config.replace(density=1.0), min_queries=32) as handle:
+        close(logits(llama, input_ids=ids), dense)
+
+
 def test_gradients_through_a_sparse_prefill(llama):
     ids = tokens(1, 96)
     with enable_model(llama, config=EXACT, min_queries=32):
@@ -346,6 +383,7 @@ def test_presets_density_and_errors(llama):
         assert handle.config.density == 0.3 and handle.config.mask_mode == "proportional"
     with enable_model(llama, preset="psa_balanced", density=0.3) as handle:
         assert handle.config.importance == "antidiagonal" and handle.config.density == 0.3
+        assert handle.config.mask_mode == "proportional" and handle.config.rank_exponent > 0
     dense = logits(llama, input_ids=tokens(1, 300))
     with enable_model(llama, preset="baseline") as handle:
         assert torch.equal(logits(llama, input_ids=tokens(1, 300)), dense) and handle.stats["density"] is None

@@ -18,6 +18,7 @@ import psa
 from psa import media, understand
 from psa.clips import CLIP
 from psa.commands.understand import understand as command
+from psa.errors import one_line
 from psa.visual_inputs import Vision, fit, patchify, qwen_inputs
 
 FRAMES = 48
@@ -78,7 +79,7 @@ def test_folders_and_images(pictures):
     [
         ("missing.mp4", {}, "no such file"),
         ("text.mp4", {}, "cannot be read as a video"),
-        ("empty.mp4", {}, "cannot be read as a video"),
+        ("empty.mp4", {}, "the file is empty"),
         ("text.png", {}, "cannot be read as a picture"),
         ("missing.png", {}, "no such file"),
         ("void", {}, "holds no pictures"),
@@ -116,6 +117,21 @@ def test_videos_without_pictures_or_two_at_once(tmp_path):
         understand.look([CLIP, CLIP])
     with pytest.raises(psa.PSAError, match="--input"):
         understand.look([])
+
+
+def test_inputs_are_checked_before_the_model_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(understand, "check_model", lambda _: pytest.fail("looked for the model"))
+    (tmp_path / "text.png").write_text("not a picture")
+    for path, extra in ((tmp_path / "gone.mp4", ()), (CLIP, ("--frames", 99)), (tmp_path / "text.png", ())):
+        done = run("--model", "no-such/model", "--input", path, "--prompt", "a", *extra)
+        assert isinstance(done.exception, psa.PSAError), done.output
+
+
+def test_errors_of_others_end_with_a_whole_sentence():
+    text = "We looked in the cache.\nCheck your connection or see how to run the library offline at 'https://a.b/c'."
+    assert one_line(text) == " ".join(text.split()).rstrip(".")
+    assert one_line(text, 60) == "We looked in the cache"
+    assert one_line("a" * 10 + " " + "b" * 10, 15) == "a" * 10 + " …" and one_line(KeyError()) == "KeyError"
 
 
 def test_bad_models_and_prompts(tmp_path, folder):

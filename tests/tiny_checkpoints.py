@@ -16,6 +16,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
@@ -49,6 +50,19 @@ def run(pipe, steps=4, **changes):
 
 def same(a, b, tolerance=1e-4):
     assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max()
+
+
+def lora(folder: Path) -> Path:
+    """LoRA weights for the tiny CogVideoX, in diffusers' names."""
+    weights = {}
+    for layer in range(2):
+        for name in ("to_q", "to_k", "to_v"):
+            key = f"transformer.transformer_blocks.{layer}.attn1.{name}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(4, 64) * 0.1
+            weights[f"{key}.lora_B.weight"] = torch.randn(64, 4) * 0.1
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "pytorch_lora_weights.safetensors")
+    return folder / "pytorch_lora_weights.safetensors"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

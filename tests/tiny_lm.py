@@ -39,6 +39,11 @@ def text_model(kind: str = "llama", **changes):
         "gpt_oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 64, "num_local_experts": 4}),
         "phi3": ("Phi3Config", {}),
         "gpt_neox": ("GPTNeoXConfig", {}),
+        "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+        "bamba": (
+            "BambaConfig",
+            {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},
+        ),
         "deepseek": (
             "DeepseekV3Config",
             {

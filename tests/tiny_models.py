@@ -166,6 +166,58 @@ def _cosmos():
     )
 
 
+def _ltx2():
+    model = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=24, cross_attention_dim=48,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=12,
+        audio_cross_attention_dim=24, num_layers=2, caption_channels=32, rope_double_precision=False,
+    )  # fmt: skip
+    return model, dict(
+        hidden_states=_latents(T * H * W, 8), audio_hidden_states=_latents(9, 4), encoder_hidden_states=_text(),
+        audio_encoder_hidden_states=_text(), timestep=torch.full((2, T * H * W), 500.0),
+        audio_timestep=torch.full((2, 9), 500.0), num_frames=T, height=H, width=W, fps=25.0, audio_num_frames=9,
+    )  # fmt: skip
+
+
+def _kandinsky():
+    """Channels last, one video at a time."""
+    model = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=32, in_text_dim2=8, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+        model_dim=48, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(8, 8, 8), visual_cond=False,
+        attention_type="regular",
+    )  # fmt: skip
+    for weight in model.parameters():
+        if not weight.any():  # as its modulations begin
+            torch.nn.init.normal_(weight, std=0.2)
+    return model, dict(
+        hidden_states=_latents(T, 2 * H, 2 * W, 4, batch=1), encoder_hidden_states=_text(batch=1), timestep=_time(1),
+        pooled_projections=torch.randn(1, 8), visual_rope_pos=[torch.arange(n) for n in (T, H, W)],
+        text_rope_pos=torch.arange(TEXT),
+    )  # fmt: skip
+
+
+def _sd3():
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=32, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=48, pooled_projection_dim=8, pos_embed_max_size=48,
+    )  # fmt: skip
+    return model, dict(
+        hidden_states=_latents(4, 4 * H, 4 * W), encoder_hidden_states=_text(), pooled_projections=torch.randn(2, 8),
+        timestep=_time(),
+    )  # fmt: skip
+
+
+def _lumina2():
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=32, in_channels=4, hidden_size=48, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=4, axes_dim_rope=(8, 8, 8), axes_lens=(64, 64, 64), cap_feat_dim=32,
+    )  # fmt: skip
+    return model, dict(
+        hidden_states=_latents(4, 4 * H, 4 * W), encoder_hidden_states=_text(), timestep=_time() / 1000,
+        encoder_attention_mask=_mask().bool(),
+    )  # fmt: skip
+
+
 MODELS = {
     "wan": lambda: _like_wan("WanTransformer3DModel", qk_norm="rms_norm_across_heads"),
     "wan vace": _vace,
@@ -180,4 +232,9 @@ MODELS = {
     "mochi": _mochi,
     "allegro": _allegro,
     "cosmos": _cosmos,
+    "kandinsky": _kandinsky,
+    "sd3": _sd3,
+    "lumina2": _lumina2,
 }
+if hasattr(diffusers, "LTX2VideoTransformer3DModel"):  # since diffusers 0.37
+    MODELS["ltx2"] = _ltx2

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .commands.evaluate import evaluate
 from .commands.generate import generate_command as generate
@@ -97,10 +97,16 @@ def list_presets(
     out.print(f"[dim]{note}[/dim]")
 
 
+def _narrow(title: str, *columns: Column) -> Table:
+    """Without lines between columns: 80 characters hold every name."""
+    style = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 1, 0, 0)}
+    return Table(*columns, title=f"\n{title}", **style)
+
+
 def _listed(section: Any) -> Table:
-    table = Table(
-        "preset", "mode", "block", "order", "dense steps", "description", title=section.name, title_justify="left"
-    )
+    names = [Column(name, no_wrap=True) for name in ("preset", "mode", "block", "order")]
+    rest = [Column(name, overflow="fold") for name in ("dense steps", "description")]
+    table = _narrow(section.name, *names, *rest)
     for name, config in section.presets.items():
         order = config.rearrange_method if config.use_rearrange else "as is"
         row = [config.mask_mode, f"{config.block_m}×{config.block_n}", order, str(config.warmup_steps)]
@@ -112,7 +118,8 @@ def _listed(section: Any) -> Table:
 def _explained(section: Any) -> Table:
     from .presets import explain
 
-    table = Table("preset", "mode", "1", "2", "4", "8", "uniform", "peaked", title=section.name, title_justify="left")
+    names = ("preset", "mode", "1", "2", "4", "8", "uniform", "peaked")
+    table = _narrow(section.name, *(Column(name, no_wrap=True) for name in names))
     for name, config in section.presets.items():
         if config.type == "dense":
             continue

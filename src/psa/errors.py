@@ -18,3 +18,13 @@ class ShapeError(PSAError, ValueError):
 
 class BackendError(PSAError, RuntimeError):
     """A backend that was asked for by name and cannot serve the call."""
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """What another library's error says, on one line: whole sentences of at most ``limit`` characters, else words."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= limit:
+        return text.rstrip(".")
+    head = text[: limit + 1]
+    sentence = head.rfind(". ")
+    return head[:sentence] if sentence > 0 else head[: max(1, head.rfind(" "))].rstrip(",;:") + " …"

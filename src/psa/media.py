@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .extras import need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -62,6 +62,47 @@ def frame_indices(total: int, native_fps: float, frames: int | None, fps: float 
     return [round(i * (total - 1) / (frames - 1)) for i in range(frames)]
 
 
+@dataclass(frozen=True)
+class Frames:
+    """Which frames of a video to take (``wanted``), of how many (``total``), and their rate."""
+
+    wanted: list[int]
+    total: int
+    rate: float
+
+
+def choose_frames(path: str | Path, *, frames: int | None = None, fps: float | None = None) -> Frames:
+    """The frames that :func:`read_video` takes; reads a video's index and decodes nothing.
+
+    Raises:
+        PSAError: for a file that is missing, no video or empty, and for more frames than exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if fps is not None:
+            raise PSAError(f"{path}: a folder of frames has no rate; use --frames")
+        total, rate = len(image_files(path)), 1.0
+        frames = min(total, MAX_FRAMES) if frames is None else frames
+        return Frames(frame_indices(total, rate, frames, None, str(path)), total, rate)
+    if not path.is_file():
+        raise PSAError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise PSAError(f"{path}: the file is empty")
+    av = need("av", "transformers")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise PSAError(f"{path}: holds no video")
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise PSAError(f"{path}: cannot be read as a video ({one_line(error)})") from error
+    if not total or not rate:
+        raise PSAError(f"{path}: holds no frames")
+    return Frames(frame_indices(total, rate, frames, fps, str(path)), total, rate)
+
+
 def read_video(
     path: str | Path,
     *,
@@ -76,22 +117,13 @@ def read_video(
         PSAError: for a file that is missing, unreadable or empty, and for more frames than exist.
     """
     path = Path(path)
+    chosen = choose_frames(path, frames=frames, fps=fps)
+    wanted = chosen.wanted
     if path.is_dir():
-        return _read_frame_folder(path, frames, fps, max_pixels)
-    if not path.is_file():
-        raise PSAError(f"{path}: no such file")
+        return _read_frame_folder(path, chosen, max_pixels)
     av = need("av", "transformers")
+    picked: list[Any] = []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise PSAError(f"{path}: holds no video")
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        if not total or not rate:
-            raise PSAError(f"{path}: holds no frames")
-        wanted = frame_indices(total, rate, frames, fps, str(path))
-        picked: list[Any] = []
         with av.open(str(path)) as container:
             container.streams.video[0].thread_type = "AUTO"
             for i, frame in enumerate(container.decode(video=0)):
@@ -102,23 +134,19 @@ def read_video(
                 if len(picked) == len(wanted):
                     break
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise PSAError(f"{path}: cannot be read as a video ({' '.join(str(error).split())})") from error
+        raise PSAError(f"{path}: cannot be read as a video ({one_line(error)})") from error
     if not picked or (frames is not None and len(picked) < frames):
         raise PSAError(f"{path}: {len(picked)} of {len(wanted)} frames could be decoded")
-    return Clip(picked, wanted[: len(picked)], total, rate)
+    return Clip(picked, wanted[: len(picked)], chosen.total, chosen.rate)
 
 
-def _read_frame_folder(folder: Path, frames: int | None, fps: float | None, max_pixels: int) -> Clip:
+def _read_frame_folder(folder: Path, chosen: Frames, max_pixels: int) -> Clip:
     """A folder of pictures as the frames of a video, in the order of their names, one a second."""
     files = image_files(folder)
-    if fps is not None:
-        raise PSAError(f"{folder}: a folder of frames has no rate; use --frames")
-    wanted = frame_indices(
-        len(files), 1.0, min(len(files), MAX_FRAMES) if frames is None else frames, None, str(folder)
-    )
-    pictures = read_images([files[i] for i in wanted], max_pixels=max_pixels)
+    pictures = read_images([files[i] for i in chosen.wanted], max_pixels=max_pixels)
     size = pictures[0].size
-    return Clip([p if p.size == size else p.resize(size) for p in pictures], wanted, len(files), 1.0)
+    same = [p if p.size == size else p.resize(size) for p in pictures]
+    return Clip(same, chosen.wanted, chosen.total, chosen.rate)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -142,6 +170,18 @@ def read_images(paths: Sequence[str | Path], *, max_pixels: int = IMAGE_PIXELS) 
         except (OSError, ValueError) as error:
             raise PSAError(f"{path}: cannot be read as a picture") from error
     return pictures
+
+
+def check_images(paths: Sequence[str | Path]) -> None:
+    """PSAError for the first file that is missing or no picture; reads headers alone."""
+    image = need("PIL.Image", "transformers")
+    for path in paths:
+        try:
+            image.open(path).close()
+        except FileNotFoundError as error:
+            raise PSAError(f"{path}: no such file") from error
+        except (OSError, ValueError) as error:
+            raise PSAError(f"{path}: cannot be read as a picture") from error
 
 
 def shrink(picture: Any, max_pixels: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .candidates import CANDIDATES
 from .errors import ConfigError, PSAError
 from .plan import Plan
 
@@ -166,8 +167,6 @@ class ProbeState:
 
 
 def _facts(choice: Tensor) -> dict[str, Any]:
-    from .candidates import CANDIDATES
-
     candidates, densities, errors, _ = choice.float().flatten(0, -2).cpu().unbind(-1)
     pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
     settings = Counter("dense" if density >= 1 else CANDIDATES[round(number)].name for number, density in pairs)

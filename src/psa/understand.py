@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import media
 from .config import PSAConfig
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .extras import need
 from .integrations.transformers import choose_config, enable_model
 from .visual_inputs import Preparer, Vision
@@ -102,6 +102,22 @@ def look(
     Raises:
         PSAError: for files that are missing, unreadable or empty, and for more frames than exist.
     """
+    kind, paths = check_inputs(inputs, kind, frames=frames, fps=fps, max_pixels=max_pixels)
+    if kind == "image":
+        return Vision(images=media.read_images(paths, max_pixels=max_pixels or media.IMAGE_PIXELS))
+    pixels = max_pixels or media.VIDEO_PIXELS
+    return Vision(clip=media.read_video(paths[0], frames=frames, fps=fps, max_pixels=pixels, on_frame=on_frame))
+
+
+def check_inputs(
+    inputs: Sequence[str | Path],
+    kind: str | None = None,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    max_pixels: int | None = None,
+) -> tuple[str, list[Path]]:
+    """``"image"`` or ``"video"``, and the files. Raises what :func:`look` raises, as far as headers tell."""
     paths = [Path(path).expanduser() for path in inputs]
     if not paths:
         raise PSAError("--input: give an image, several images, or a video")
@@ -115,11 +131,12 @@ def look(
         if frames is not None or fps is not None:
             raise PSAError("--frames and --fps belong to a video; the input is read as images")
         files = [file for path in paths for file in (media.image_files(path) if path.is_dir() else [path])]
-        return Vision(images=media.read_images(files, max_pixels=max_pixels or media.IMAGE_PIXELS))
+        media.check_images(files)
+        return kind, files
     if len(paths) > 1:
         raise PSAError(f"--input: one video at a time, got {len(paths)} files; several images need --type image")
-    pixels = max_pixels or media.VIDEO_PIXELS
-    return Vision(clip=media.read_video(paths[0], frames=frames, fps=fps, max_pixels=pixels, on_frame=on_frame))
+    media.choose_frames(paths[0], frames=frames, fps=fps)
+    return kind, paths
 
 
 def check_prompt(prompt: str) -> str:
@@ -155,7 +172,7 @@ def check_model(name: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(str(local) if local.is_dir() else name)
     except (OSError, ValueError, KeyError) as error:
-        raise PSAError(f"{name}: no such model here or on the hub ({' '.join(str(error).split())[:160]})") from error
+        raise PSAError(f"{name}: no such model here or on the hub ({one_line(error)})") from error
     if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
         raise PSAError(f"{name}: a {config.model_type} model takes no images or videos")
     return config
@@ -185,7 +202,7 @@ def load(name: str, *, config: Any = None, dtype: str = "auto", device: str | No
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind, **placed)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise PSAError(f"{name}: its weights cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        raise PSAError(f"{name}: its weights cannot be loaded ({one_line(error)})") from error
     return Loaded(name, model.eval(), prepare)
 
 

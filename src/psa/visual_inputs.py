@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .media import Clip
 
 QWEN = ("qwen2_vl", "qwen2_5_vl")
@@ -52,15 +52,15 @@ class Preparer:
             self.tokenizer = self.processor.tokenizer
             return
         except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
         if config.model_type not in QWEN:
             needed = "torchvision" in reason.lower() or not _torchvision()
             hint = "; it needs torchvision: pip install torchvision" if needed else ""
-            raise PSAError(f"{model}: its processor cannot be loaded ({reason[:160]}){hint}")
+            raise PSAError(f"{model}: its processor cannot be loaded ({reason}){hint}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
-            raise PSAError(f"{model}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+            raise PSAError(f"{model}: its tokenizer cannot be loaded ({one_line(error)})") from error
 
     def __call__(self, prompt: str, vision: Vision) -> dict[str, Any]:
         """Tensors for ``model.generate``, batch of one."""
@@ -79,7 +79,7 @@ class Preparer:
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
         except ValueError as error:
-            raise PSAError(f"{self.model}: has no chat template ({' '.join(str(error).split())[:120]})") from error
+            raise PSAError(f"{self.model}: has no chat template ({one_line(error)})") from error
         call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
         if vision.clip:
             call |= {"videos": [_frames(vision.clip)], "video_metadata": [_metadata(vision.clip)]}

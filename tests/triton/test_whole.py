@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 import psa
 from psa.backends import triton as backend
@@ -19,6 +20,7 @@ MODES = {
     "proportional": {"mask_mode": "proportional", "density": 0.3},
     "tau": {"mask_mode": "proportional", "tau": 0.04},
     "variance": {"bias": "variance", "density": 0.3},
+    "capped": {"mask_mode": "topk", "use_sim_mask": True, "sim_thresholds": {2: 0.0, 4: 0.05, 8: 0.02}},
 }
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount", "item")
 """What waits for the device, because its value or its shape is known only there."""
@@ -84,7 +86,7 @@ def test_five_launches_and_no_wait(mode, causal, monkeypatch):
 def test_masks_and_similarity_wait_for_nothing_either(monkeypatch):
     q, k, v = tensors()
     mask = torch.arange(205)[None] < 150
-    config = psa.PSAConfig(block_m=64, block_n=32, use_sim_mask=True, mask_mode="topk")
+    config = psa.PSAConfig(block_m=64, block_n=32, **MODES["capped"])
     with watched(monkeypatch) as launched:
         whole.forward(q, k, v, config, scale=0.2, text_length=9, key_mask=mask)
     assert len(launched) <= 5
@@ -124,7 +126,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "options"), [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("topk", "masked")]
+    ("mode", "options"),
+    [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("capped", "masked"), ("capped", "plain")],
 )
 def test_one_operator_is_plan_and_attend(mode, options, on_gpu):
     q, k, v = tensors(205)
@@ -195,3 +198,22 @@ def test_the_schedule_takes_at_most_four_bytes_per_pair():
     assert call.blocks.numel() * call.blocks.element_size() <= 4 * pairs
     assert call.ends.numel() == selection.levels.shape[1] * 16 * 6
     assert int(call.blocks[..., 0].min()) >= 0
+
+
+@pytest.mark.slow
+def test_heads_that_lie_far_apart(monkeypatch):
+    """Offsets beyond 2**31 elements: four heads 2**30 apart, in memory that is reserved and hardly touched."""
+    torch.use_deterministic_algorithms(False)  # would fill it
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)  # would copy it onto itself
+    room = torch.empty(3 * 2**30 + 2**20, dtype=torch.float16)
+    near = [x.half() for x in tensors(70, 90, heads=4, kv_heads=4, dim=16)]
+    far = [room.as_strided(x.shape, (0, 2**30, 16, 1), 2**18 * i) for i, x in enumerate(near)]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk", mask_ratios={1: (0, 0.4), 4: (0.4, 1.0)})
+    results = []
+    for q, k, v in (near, far):
+        out, lse, selection = whole.forward(q, k, v, config, scale=0.2)
+        results.append((out, lse, *backend.backward(out, None, q, k, v, out, lse, selection)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].abs().sum() > 0

@@ -34,12 +34,12 @@ def understand(
     preset: Annotated[str | None, typer.Option("--preset", "--attention_preset", help="Of section Qwen2.5_VL.")] = None,
     density: Annotated[float | None, typer.Option("--density", help="Share of the work to keep, in (0, 1].")] = None,
     attention_config: Annotated[Path | None, typer.Option("--attention_config", help="YAML file of presets.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1)] = 128,
     max_pixels: Annotated[int | None, typer.Option("--max_pixels", help="Largest area of one image or frame.")] = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option("--prefill_chunk", help="Prefill in chunks of so many tokens, to save memory.")
+        int | None, typer.Option("--prefill_chunk", min=1, help="Prefill in chunks of so many tokens, to save memory.")
     ] = None,
-    min_queries: Annotated[int, typer.Option("--min_queries", help="Shorter prefills stay dense.")] = 256,
+    min_queries: Annotated[int, typer.Option("--min_queries", min=1, help="Shorter prefills stay dense.")] = 256,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option("--device", help="Default: cuda where there is one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the answers to this JSON file, too.")] = None,
@@ -49,8 +49,10 @@ def understand(
     from .. import understand as room
 
     room.check_prompt(prompt)
+    sampling = {"frames": frames, "fps": fps, "max_pixels": max_pixels}
+    room.check_inputs(inputs, kind, **sampling)
     sparse = {"preset": preset, "density": density, "attention_config": str(attention_config or "") or None}
-    config = room.check_settings(use_psa=use_psa or compare, **sparse)
+    room.check_settings(use_psa=use_psa or compare, **sparse)
     checked = room.check_model(model)
     with progress() as bar:
         task = bar.add_task("reading", total=None)
@@ -58,7 +60,7 @@ def understand(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        vision = room.look(inputs, kind, frames=frames, fps=fps, max_pixels=max_pixels, on_frame=show)
+        vision = room.look(inputs, kind, **sampling, on_frame=show)
         bar.update(task, description="loading the model", completed=0, total=None)
         loaded = room.load(model, config=checked, dtype=dtype, device=device)
         answers: list[Answer] = []
@@ -70,7 +72,7 @@ def understand(
                     prompt,
                     vision,
                     use_psa=sparse_now,
-                    config=config if sparse_now else None,
+                    **(sparse if sparse_now else {}),
                     min_queries=min_queries,
                     max_new_tokens=max_new_tokens,
                     prefill_chunk=prefill_chunk,

@@ -1,14 +1,10 @@
-"""What transformers calls: the mask function and the attention function of the implementation named ``"psa"``.
+"""What transformers calls: the attention function of the implementation named ``"psa"``.
 
-The mask function says *plain causal, these tokens are real* in two dimensions wherever that is the whole truth, so that
-no L×L tensor is made; anything else is handed over as SDPA would get it, and stays dense. The attention function runs
-PSA on long queries, each row of a padded batch on its real tokens alone, and gives all other calls to the attention
-that the model had before.
+It runs PSA on long queries, each row of a padded batch on its real tokens alone, and gives all other calls to the
+attention that the model had before: short ones, and those whose mask says more than *causal, these tokens are real*.
 """
 
 import sys
-import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,6 +16,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..config import PSAConfig
 from ..errors import BackendError
 from ..functional import psa_attention
+from ..plan import Plan
+from .masks import RealTokens, bottom_right
 
 NAME = "psa"
 UNSUPPORTED = (
@@ -39,17 +37,33 @@ EAGER_ONLY = ("softcap", "s_aux", "sinks")
 
 @dataclass
 class LayerStats:
-    """What one layer did: calls, and the work kept and offered (query-key pairs). Tensors: read without a sync."""
+    """What one layer did: calls, and the work kept and offered (query-key pairs). Tensors: read without a sync.
+
+    probed, lost: pairs of calls that were probed, and those times the relative error measured (mean over heads).
+    """
 
     sparse_calls: int = 0
     dense_calls: int = 0
     kept: Tensor | float = 0.0
     offered: float = 0.0
+    probed: float = 0.0
+    lost: Tensor | float = 0.0
 
-    def add(self, density: Tensor, pairs: float) -> None:
+    def add(self, plan: Plan, pairs: float) -> None:
         self.sparse_calls += 1
-        self.kept = self.kept + density.double() * pairs
+        self.kept = self.kept + plan.density_per_head.mean().double() * pairs
         self.offered += pairs
+        if plan.error is not None:
+            self.lost = self.lost + plan.error.mean().double() * pairs
+            self.probed += pairs
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "density": float(self.kept) / self.offered if self.offered else None,
+            "error": float(self.lost) / self.probed if self.probed else None,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+        }
 
 
 @dataclass
@@ -73,7 +87,7 @@ class Prefill:
     trailing: list[int] | None = None
     seen_visual: list[bool] = field(default_factory=list)
     stats: dict[int, LayerStats] = field(default_factory=dict)
-    rows: "RealTokens | None" = field(default=None, repr=False)
+    rows: RealTokens | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rows": None, "trailing": None}
@@ -108,57 +122,6 @@ class Layer:
     prefill: Prefill
     index: int
     dense: str = "sdpa"
-
-
-@dataclass(frozen=True)
-class RealTokens:
-    """The real tokens of each row of one padding mask, read back once for all layers of a forward pass.
-
-    rows: per batch row a slice (one run of tokens) or an index; None when every token is real.
-    """
-
-    mask: "weakref.ref[Tensor]"
-    rows: Sequence[slice | Tensor] | None
-
-    @classmethod
-    def read(cls, mask: Tensor) -> "RealTokens":
-        length = mask.shape[1]
-        count = mask.sum(-1)
-        first = mask.to(torch.uint8).argmax(-1)
-        last = length - 1 - mask.flip(-1).to(torch.uint8).argmax(-1)
-        rows: list[slice | Tensor] = []
-        for b, (n, start, stop) in enumerate(torch.stack((count, first, last), -1).tolist()):
-            run = slice(start, stop + 1) if n else slice(0, 0)
-            rows.append(run if run.stop - run.start == n else mask[b].nonzero()[:, 0])
-        whole = all(isinstance(row, slice) and row == slice(0, length) for row in rows)
-        return cls(weakref.ref(mask), None if whole else rows)
-
-
-def psa_mask(**call: Any) -> Tensor | None:
-    """The mask that layers get: None or bool [B, K] (True = real token) for plain causal attention, else SDPA's.
-
-    A [B, K] shorter than the cache says how much of a static cache is filled.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    position = call.get("cache_position")  # transformers 4; later versions pass a length and an offset
-    length_q = call["q_length"] if position is None else position.shape[0]
-    start = call.get("q_offset", 0) if position is None else position[0]
-    compiling = torch.compiler.is_compiling()
-    plain = call.get("mask_function") is causal_mask_function and call.get("kv_offset", 0) == 0
-    if not plain or length_q == 1 or (compiling and isinstance(start, Tensor)):
-        return sdpa_mask(**call)
-    filled, length_k = int(start) + length_q, call["kv_length"]
-    mask = call.get("attention_mask")
-    if filled > length_k or (mask is not None and mask.shape[1] < filled):
-        return sdpa_mask(**call)
-    if mask is not None:
-        mask = mask[:, :filled].bool()
-        if not compiling and bool(mask.all()):
-            mask = None
-    if mask is None and filled < length_k:
-        return torch.ones(call["batch_size"], filled, dtype=torch.bool, device=call.get("device"))
-    return mask
 
 
 def psa_attention_forward(
@@ -238,7 +201,8 @@ def _sparse(
     if width != q.shape[-1]:  # some models' values are narrower than their keys; zeros change nothing
         wide = max(width, q.shape[-1])
         q, k, v = (pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    rows = _real_tokens(prefill, mask)
+    padding = _real_tokens(prefill, mask)
+    rows = None if padding is None else padding.rows
     texts = prefill.trailing_text(batch, length_q) if causal else [0] * batch
     if rows is None and len(set(texts)) == 1:
         return _attend(layer, q, k, v, factor, causal, texts[0])[..., :width]
@@ -253,6 +217,9 @@ def _sparse(
         q_row, k_row, v_row = q[b : b + 1, :, queries], k[b : b + 1, :, keys], v[b : b + 1, :, keys]
         if q_row.shape[2]:
             out[b : b + 1, :, queries] = _attend(layer, q_row, k_row, v_row, factor, causal, min(text, q_row.shape[2]))
+        if padding is not None and padding.padded_end[b] and k_row.shape[2]:  # generate() reads this row all the same
+            last = q[b : b + 1, :, -1:]
+            out[b : b + 1, :, -1:] = scaled_dot_product_attention(last, k_row, v_row, scale=factor, enable_gqa=True)
     return out[..., :width]
 
 
@@ -276,25 +243,19 @@ def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float, causal:
     )
     if not torch.compiler.is_compiling():
         pairs = q.shape[0] * q.shape[2] * (k.shape[2] - (q.shape[2] / 2 if causal else 0))
-        prefill.stats.setdefault(layer.index, LayerStats()).add(plan.density_per_head.mean(), pairs)
+        prefill.stats.setdefault(layer.index, LayerStats()).add(plan, pairs)
     return out
 
 
-def _real_tokens(prefill: Prefill, mask: Tensor | None) -> Sequence[slice | Tensor] | None:
+def _real_tokens(prefill: Prefill, mask: Tensor | None) -> RealTokens | None:
     if mask is None:
         return None
     if prefill.rows is None or prefill.rows.mask() is not mask:
         prefill.rows = RealTokens.read(mask)
-    return prefill.rows.rows
+    return prefill.rows
 
 
 # -- the model's own attention ---------------------------------------------------------------------------------------
-
-
-def bottom_right(length_q: int, length_k: int, device: torch.device) -> Tensor:
-    """The causal mask of the last ``length_q`` of ``length_k`` tokens: bool [Lq, Lk]."""
-    position = torch.arange(length_q, device=device) + length_k - length_q
-    return torch.arange(length_k, device=device)[None, :] <= position[:, None]
 
 
 def _dense(

@@ -19,7 +19,8 @@ from .. import presets
 from ..config import PSAConfig
 from ..errors import ConfigError
 from ..functional import resolve_config
-from .prefill import NAME, Layer, LayerStats, Prefill, psa_attention_forward, psa_mask
+from .masks import psa_mask
+from .prefill import NAME, Layer, Prefill, psa_attention_forward
 
 RETRIEVAL = PSAConfig(mask_mode="proportional", rank_exponent=3.0)
 """What ``density=`` alone changes: proportional by importance and rank (see benchmarks/long_context.py)."""
@@ -62,8 +63,9 @@ def enable_model(
         model: a transformers ``PreTrainedModel`` (4.57 or later).
         preset: of section ``Qwen2.5_VL``; the default without ``config`` and ``density``. Dense for ``"baseline"``.
         config: settings of your own, instead of a preset.
-        density: share of the lower triangle to keep, proportional; changes the preset or config where one is given.
-            Alone, it also fits the blocks to the context: 128×64 from 16k tokens, down to 16×16 below 4k.
+        density: share of the lower triangle to keep, proportional by importance and rank. With a preset, in its blocks
+            and with its importance; with a config, as in :func:`psa.psa_attention`. Alone, it also fits the blocks to
+            the context: 128×64 from 16k tokens, down to 16×16 below 4k.
         attention_config: a presets file laid over the built-in one.
         min_queries: prefills, and chunks of one, with no more queries than this stay dense.
         text_length: trailing tokens that always read, and are read, in full. Default: those behind the last image or
@@ -97,9 +99,14 @@ def choose_config(
     """The settings that :func:`enable_model` makes of its arguments."""
     if config is not None and preset is not None:
         raise ConfigError("preset: config and preset exclude each other; give one")
-    if preset is not None or (config is None and density is None):
-        config = presets.get(SECTION, preset, attention_config)
-    return resolve_config(RETRIEVAL if config is None else config, density)
+    if config is not None:
+        return resolve_config(config, density)
+    if preset is None and density is not None:
+        return RETRIEVAL.replace(density=density)
+    found = presets.get(SECTION, preset, attention_config)
+    if density is None or found.type == "dense":
+        return found
+    return found.replace(mask_mode="proportional", rank_exponent=RETRIEVAL.rank_exponent, density=density)
 
 
 class Handle:
@@ -126,11 +133,12 @@ class Handle:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """``{"density", "layers": {index: {"density", "sparse_calls", "dense_calls"}}}``; density of sparse calls only.
+        """``{"density", "layers": {index: {"density", "error", "sparse_calls", "dense_calls"}}}``, over sparse calls.
 
-        Reading it waits for the device. ``density`` is None before the first sparse call.
+        Reading it waits for the device. ``density`` is None before the first sparse call; ``error`` is the relative
+        error that the automatic mode measured, None in other modes.
         """
-        layers = {i: _summary(s) for i, s in sorted(self.prefill.stats.items())}
+        layers = {i: layer.summary() for i, layer in sorted(self.prefill.stats.items())}
         offered = sum(s.offered for s in self.prefill.stats.values())
         kept = sum(float(s.kept) for s in self.prefill.stats.values())
         return {"density": kept / offered if offered else None, "layers": layers}
@@ -159,11 +167,6 @@ class Handle:
     def __repr__(self) -> str:
         state = f"{len(self._layers)} layers" if self._layers else "disabled"
         return f"<psa on {type(self.model).__name__}: {state}>"
-
-
-def _summary(stats: LayerStats) -> dict[str, Any]:
-    density = float(stats.kept) / stats.offered if stats.offered else None
-    return {"density": density, "sparse_calls": stats.sparse_calls, "dense_calls": stats.dense_calls}
 
 
 class TrailingText:

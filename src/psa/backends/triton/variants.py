@@ -175,7 +175,7 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
         "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias,
-        "SIMILARITY": False,
+        "SIMILARITY": shape.block_n == 128 and not shape.masked,
     }  # fmt: skip
     yield _variant(_pool_kernel, shape, arch, pool, pool_options(pool["VARIANCE"]), "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}

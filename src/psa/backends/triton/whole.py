@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...allocate import similarity_cap
-from ...config import PSAConfig
+from ...config import MAX_LEVEL, PSAConfig
 from ..base import Selection
 from .attend import attend
 from .call import Call
@@ -21,6 +21,14 @@ def pooled_rows(keys: Tensor, block_n: int, level: int) -> Tensor:
     exponent = level.bit_length() - 1
     blocks = keys.shape[2] // sum(per_block)
     return keys.narrow(2, blocks * sum(per_block[:exponent]), blocks * per_block[exponent])
+
+
+def caps_of(cosines: Tensor, thresholds: dict[int, float]) -> Tensor:
+    """:func:`psa.allocate.similarity_cap` from the mean cosines [B, Hkv, N, 3] that pooling leaves."""
+    caps = torch.ones(cosines.shape[:-1], dtype=torch.uint8, device=cosines.device)
+    for level, threshold in sorted(thresholds.items()):
+        caps.masked_fill_(cosines[..., level.bit_length() - 2] > threshold, level)
+    return caps
 
 
 def forward(
@@ -37,8 +45,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Selection]:
     """out [B, H, Lq, D], lse float32 [B, H, Lq] and the selection, from tokens in the plan's order.
 
-    For calls without reasons in :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``. The
-    similarity cap and the variance bias add a few small launches of torch.
+    For calls without reasons in :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``. Torch adds
+    small launches of its own: for the variance bias (the power of the queries), a similarity cap (thresholds on one
+    number per block; with a key mask all of it) and a causal key mask (its first real key).
     """
     power = cap = None
     if config.bias == "variance":
@@ -47,7 +56,14 @@ def forward(
             q.new_full(q.shape[:2], float(config.bias_cap or 0.0), dtype=torch.float32),
         )
     mask = None if key_mask is None else key_mask.contiguous()
-    pyramid = build_pyramid(k, v, config.block_n, key_mask=mask, query_power=power, bias_cap=cap, scale=scale)
+    similarity = config.use_sim_mask and mask is None and config.block_n <= MAX_LEVEL
+    options = {"query_power": power, "bias_cap": cap, "scale": scale, "similarity": similarity}
+    pyramid = build_pyramid(k, v, config.block_n, key_mask=mask, **options)
+    caps = None
+    if pyramid.similarity is not None:
+        caps = caps_of(pyramid.similarity, config.sim_thresholds)
+    elif config.use_sim_mask:
+        caps = similarity_cap(k, config.block_n, config.sim_thresholds, mask)
     cols = config.importance_cols
     pooled_k = pooled_rows(pyramid.keys, config.block_n, cols).narrow(2, 0, -(-k.shape[2] // cols))
     levels, blocks, ends = select(
@@ -60,7 +76,7 @@ def forward(
         text_position=text_position,
         key_mask=mask,
         pooled_k=pooled_k,
-        caps=similarity_cap(k, config.block_n, config.sim_thresholds, mask) if config.use_sim_mask else None,
+        caps=caps,
     )
     selection = Selection(levels, config.block_m, config.block_n, scale, is_causal, power, cap, None, mask)
     return *attend(Call(q, selection, pyramid, blocks, ends)), selection
