@@ -124,6 +124,9 @@ METHODS: dict[str, MAKER] = {
     "auto, blocks 128x32": automatic(block_n=32),
     "auto, blocks 128x128": automatic(block_n=128),
     "auto, blocks 64x64": automatic(block_m=64),
+    "auto, tile 2x8x8": automatic(rearrange_method="tile"),
+    "auto, tile 4x4x4": automatic(rearrange_method="tile", tile_size=(4, 4, 4)),
+    "auto, tile 8x4x4": automatic(rearrange_method="tile", tile_size=(8, 4, 4)),
 }
 TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
 
@@ -136,8 +139,8 @@ def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) 
     for density in densities:
         for source, importance in (("exact", bench.mass), ("ours", None)):
             for name, make in methods.items():
-                if "blocks" in name and importance is not None:
-                    continue  # the true mass is known for blocks of BLOCK_M x BLOCK_N
+                if ("blocks" in name or "tile" in name) and importance is not None:
+                    continue  # the true mass is known for this order and blocks of BLOCK_M x BLOCK_N
                 plan = make(bench, importance, density)
                 kept = plan.density_per_head.expand(1, bench.case.q.shape[1])[0]
                 facts = plan.report

@@ -52,6 +52,8 @@ def methods_table(rows: list[Row], arena: str) -> str:
         "|---|---|---|---|---|",
     ]
     for (method, importance), by_head in found.items():
+        if not by_head:
+            continue
         by_topk = mean([error / topk[head] for head, error in by_head.items()])
         by_one = mean([error / one[head] for head, error in by_head.items()])
         worst = max(error / min(topk[head], one[head]) for head, error in by_head.items())

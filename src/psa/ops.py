@@ -83,8 +83,9 @@ def select(
     scored = scored.expand(shape)
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     if config.mask_mode == "auto":
-        plain = device is None or config.published
-        allocate = None if plain else partial(device.plan_levels, q, k, config, caps=cap, **where)
+        allocate = None
+        if device is not None and not config.published:
+            allocate = partial(device.plan_levels, q, k, config, caps=cap, **where)
         layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)

@@ -34,6 +34,16 @@ class _Entry:
 class ProbeState:
     """Choices by (layer, step), both given by the caller and never counted here.
 
+    Give both to :func:`psa.plan`, or to a :class:`psa.PSAAttention`, which holds a state of its own:
+
+        state = psa.ProbeState()
+        plan = psa.plan(q, k, config, v=v, probes=state, layer="blocks.3", step=7)
+        out = attention(q, k, v, layer="blocks.3", step=7)  # attention.probe_state
+
+    ``layer`` is anything whose ``str`` names the layer in every run (two calls of one layer in a step, as with
+    guidance, need two names); ``step`` is the whole number of the denoising step, read from the scheduler. Steps go up;
+    a step before the last probe's begins a new run.
+
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then, for a step before the last probe's, and
     under other settings, the next plan probes again. Every choice used is kept (a reused one once), so that a run can
