@@ -11,7 +11,8 @@ sinusoidal in 64 channels. Tasks, each over `length` tokens:
 - needle: one pair (key, value) at a random depth among random tokens; the last token is the key. The question (8
   tokens) is trailing text, as in `psa.enable`.
 - stream: as needle, in a redundant stream of slowly changing tokens, as a video's are.
-- needle_unpinned: as needle, with no trailing text known. The row that asks is one of 128 in its block.
+- needle_unpinned: as needle, with no trailing text known. The row that asks is one of 128 in its block. PSA alone reads
+  the last 16 tokens in full all the same, as `psa.enable(model, density=...)` does.
 
 Every method sees the same density of the lower triangle; published and binary quotas are found by bisection, as pinned
 blocks count. At short lengths the pins alone exceed a density of .15: the row says what was kept.
@@ -21,7 +22,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import psa
-from psa.integrations.prefill import fitted
+from psa.integrations.prefill import TAIL, fitted
 from psa.integrations.transformers import choose_config
 
 DIM = 64
@@ -133,8 +134,10 @@ class Sparse:
     def _plan(self, q: Tensor, k: Tensor, scale: float) -> psa.Plan:
         def plan(quota: float) -> psa.Plan:
             config = self.settings(quota)
-            config = fitted(config, k.shape[2]) if self.settings is ours else config
-            return psa.plan(q, k, config, is_causal=True, scale=scale, text_length=self.text_length)
+            text = self.text_length
+            if self.settings is ours:
+                config, text = fitted(config, k.shape[2]), text or TAIL
+            return psa.plan(q, k, config, is_causal=True, scale=scale, text_length=text)
 
         found = plan(self.density)
         if found.density <= self.density * 1.01 or self.settings(self.density).mask_mode == "proportional":
@@ -174,15 +177,15 @@ METHODS = {"psa": ours, "published": published, "binary": binary, "one_mean": on
 # -- the record ------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, length: int, density: float, seeds: int) -> list[dict]:
+def measure(name: str, length: int, density: float, seeds: int, methods: Sequence[str] = tuple(METHODS)) -> list[dict]:
     """One row for each method: mean accuracy over seeds, beside dense, and the density that was kept."""
-    runs: dict[str, list[tuple[float, float]]] = {method: [] for method in ("dense", *METHODS)}
+    runs: dict[str, list[tuple[float, float]]] = {method: [] for method in ("dense", *methods)}
     for seed in range(seeds):
         decoder = Decoder(length, seed)
         task = make_task(name, decoder, length, seed)
         runs["dense"].append((decoder.accuracy(task, dense), 1.0))
-        for method, settings in METHODS.items():
-            sparse = Sparse(settings, density, task.text_length)
+        for method in methods:
+            sparse = Sparse(METHODS[method], density, task.text_length)
             runs[method].append((decoder.accuracy(task, sparse), sum(sparse.kept) / len(sparse.kept)))
     means = {method: [sum(column) / seeds for column in zip(*found, strict=True)] for method, found in runs.items()}
     full = means.pop("dense")[0]
@@ -198,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.35])
     parser.add_argument(
         "--seeds", type=int, default=20, help="of one-answer tasks; copies, with many answers, take a fifth"
@@ -210,9 +214,8 @@ def main() -> None:
         for length in args.lengths:
             for name in args.tasks:
                 for density in args.densities:
-                    for row in measure(
-                        name, length, density, max(1, args.seeds // 5) if name == "copy" else args.seeds
-                    ):
+                    seeds = max(1, args.seeds // 5) if name == "copy" else args.seeds
+                    for row in measure(name, length, density, seeds, args.methods):
                         file.write(json.dumps({**row, **where}) + "\n")
                         print(*(f"{row[key]:>9}" for key in ("length", "task", "method", "density", "of_dense")))
                     file.flush()

@@ -48,21 +48,49 @@ import resource, torch, psa
 from psa import presets
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 config = {config}
-q, k = torch.zeros(1, {heads}, {length}, 64).bfloat16(), torch.zeros(1, 2, {length}, 64).bfloat16()
-q.copy_(torch.rand(1, 1, {length}, 64)); k.copy_(torch.rand(1, 1, {length}, 64))
-psa.plan(q[:, :, :2048], k[:, :, :2048], config, is_causal=True, enable_gqa=True)
+q, k = (torch.rand(1, 1, {length}, {dim}).bfloat16().expand(1, heads, -1, -1) for heads in ({heads}, 1))
+call = dict(is_causal=True, enable_gqa=True)
+short = [x[:, :, :2048] for x in (q, k)]
+psa.plan(*short, config, v=short[1], **call)
 before = peak()
-psa.plan(q, k, config, is_causal=True, enable_gqa=True).density
-print(peak() - before)
+plan = psa.plan(q, k, config, v=k, **call)
+plan.density
+held = [plan.levels, plan.slope, plan.pair_bias]
+print(peak() - before, sum(x.numel() * x.element_size() for x in held if x is not None) / 2**30 / {heads})
 """
 
 
-@pytest.mark.parametrize(
-    "config",
-    ("psa.PSAConfig(density=0.3)", pytest.param("presets.get('qwen2.5-vl', 'psa_balanced')", marks=pytest.mark.slow)),
-)
-def test_planning_memory(config):
-    """65k tokens × 10 heads × 64 channels: at most 0.25 GiB, where 128k × 28 × 128 may take 1 GiB."""
-    script = MEASURE.format(config=config, heads=10, length=65536)
+RANKED = "psa.integrations.transformers.choose_config(None, None, 0.15)"
+EVERY = {
+    "ranked": RANKED,
+    "preset": "presets.get('qwen2.5-vl', 'psa_balanced')",
+    "pooled": "psa.PSAConfig(mask_mode='proportional', density=0.3)",
+    "antidiagonal": "psa.PSAConfig(mask_mode='proportional', density=0.3, importance='antidiagonal')",
+    "stride 16": "psa.PSAConfig(mask_mode='topk', importance='antidiagonal', importance_stride=16)",
+    "sampled": "psa.PSAConfig(mask_mode='topk', importance='sampled')",
+    "variance": "psa.PSAConfig(density=0.3, bias='variance')",
+    "measured": "psa.PSAConfig(density=0.3, bias='measured')",
+    "auto": "psa.PSAConfig(density=0.15)",
+}
+
+
+def planning_memory(config: str, heads: int, length: int, dim: int) -> tuple[float, float]:
+    """GiB that planning takes at its peak beyond inputs, and what the plan itself holds for each head."""
+    script = MEASURE.format(config=config, heads=heads, length=length, dim=dim)
+    script = script.replace("import resource, torch, psa", "import resource, torch, psa, psa.integrations.transformers")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.25
+    peak, held = map(float, done.stdout.split())
+    return peak, held
+
+
+def test_planning_memory():
+    """65k tokens × 10 heads × 64 channels: at most 0.25 GiB, where 128k × 28 × 128 may take 1 GB."""
+    assert planning_memory(RANKED, 10, 65536, 64)[0] < 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_planning_memory_at_128k(name):
+    """Every importance and mode: scratch of one head, as heads follow each other, and the plan of 28: 1 GB."""
+    peak, held = planning_memory(EVERY[name], 3, 1 << 17, 128)
+    assert peak + 25 * held < 1e9 / 2**30

@@ -39,6 +39,21 @@ def logits(model, **inputs) -> torch.Tensor:
     return model(**inputs).logits
 
 
+def watched(model, **inputs) -> tuple[torch.Tensor, list[psa.Plan]]:
+    """Logits, and the plan of every sparse call."""
+    plans = []
+    original = psa.functional.psa_attention
+
+    def watch(*args, **kwargs):
+        out, plan = original(*args, **kwargs)
+        plans.append(plan)
+        return out, plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psa.integrations.prefill.psa_attention", watch)
+        return logits(model, **inputs), plans
+
+
 @pytest.fixture(scope="module")
 def llama():
     return text_model("llama")
@@ -287,19 +302,8 @@ def _mask_arguments():
 
 def test_trailing_text_reads_everything():
     model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((2, 16, 16), after=40)
-    plans = []
-    original = psa.functional.psa_attention
-
-    def watch(*args, **kwargs):
-        out, plan = original(*args, **kwargs)
-        plans.append(plan)
-        return out, plan
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psa.integrations.prefill.psa_attention", watch)
-        with enable_model(model, config=SPARSE, min_queries=32):
-            logits(model, **inputs)
-    plan = plans[0]
+    with enable_model(model, config=SPARSE, min_queries=32):
+        _, (plan, *_) = watched(model, **inputs)
     total = inputs["input_ids"].shape[1]
     assert plan.text == (41, "last")
     first_text_block = (total - 41) // 16
@@ -308,6 +312,13 @@ def test_trailing_text_reads_everything():
     assert bool((plan.levels[..., 0] == 1).all())
     assert bool((plan.levels.diagonal(dim1=-2, dim2=-1) == 1).all())
     assert bool((plan.levels > 1).any())
+
+
+def test_without_known_text_the_last_tokens_are_text_for_a_density_alone(llama):
+    for settings, tail in (({"density": 0.3}, 16), ({"density": 0.3, "text_length": 5}, 5), ({"config": SPARSE}, 0)):
+        with enable_model(llama, min_queries=32, **settings) as handle:
+            _, plans = watched(llama, input_ids=tokens(2, 100))
+            assert [plan.text for plan in plans] == [(tail, "last")] * 2 and handle.stats["density"] < 0.9
 
 
 def test_text_behind_an_earlier_chunks_video_is_trailing_too():
@@ -323,7 +334,7 @@ def test_text_behind_an_earlier_chunks_video_is_trailing_too():
 
     cache, module = Cache(), torch.nn.Identity()
     hook(module, (), {"input_ids": text, "past_key_values": cache})
-    assert prefill.trailing == [0]
+    assert prefill.trailing == [None]
     hook(module, (), {"input_ids": video, "past_key_values": cache})
     assert prefill.trailing == [1]
     cache.length = 8
@@ -384,6 +395,7 @@ def test_presets_density_and_errors(llama):
     with enable_model(llama, preset="psa_balanced", density=0.3) as handle:
         assert handle.config.importance == "antidiagonal" and handle.config.density == 0.3
         assert handle.config.mask_mode == "proportional" and handle.config.rank_exponent > 0
+        assert not handle.config.use_sim_mask
     dense = logits(llama, input_ids=tokens(1, 300))
     with enable_model(llama, preset="baseline") as handle:
         assert torch.equal(logits(llama, input_ids=tokens(1, 300)), dense) and handle.stats["density"] is None

@@ -134,24 +134,23 @@ def _select_by_head(
     *settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
-    batches = []
+    joined: list[Tensor] = []
     for b in range(q.shape[0]):
         item = slice(b, b + 1)
         mask = None if key_mask is None else key_mask[item]
-        heads = []
         for h in range(q.shape[1]):
             head, kv = slice(h, h + 1), slice(h // group, h // group + 1)
             values = None if v is None else v[item, kv]
             scores = None if given is None else given.expand(q.shape[0], q.shape[1], -1, -1)[item, head]
             chosen = None if choice is None else choice.expand(q.shape[0], q.shape[1], -1)[item, head]
-            heads.append(select(q[item, head], k[item, kv], values, scores, mask, chosen, *settings))
-        batches.append([_join(parts, 1) for parts in zip(*heads, strict=True)])
-    levels, power, caps, pairs, slope, facts = (_join(parts, 0) for parts in zip(*batches, strict=True))
+            parts = select(q[item, head], k[item, kv], values, scores, mask, chosen, *settings)
+            if not joined:
+                joined = [x.new_empty((*q.shape[:2], *x.shape[2:])) if x.numel() else x for x in parts]
+            for whole, part in zip(joined, parts, strict=True):
+                if part.numel():
+                    whole[b, h] = part[0, 0]
+    levels, power, caps, pairs, slope, facts = joined
     return levels, power, caps, pairs, slope, facts
-
-
-def _join(parts, dim):
-    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
 
 
 @select.register_fake

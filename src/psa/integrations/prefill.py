@@ -20,6 +20,8 @@ from ..plan import Plan
 from .masks import RealTokens, bottom_right
 
 NAME = "psa"
+TAIL = 16
+"""Last tokens of a call that count as trailing text where none is known and the density is all that was asked for."""
 UNSUPPORTED = (
     "softcap",
     "s_aux",
@@ -74,8 +76,10 @@ class Prefill:
         min_queries: calls with no more queries than this stay dense: decoding, short prompts.
         text_length: trailing text tokens that are always read in full; None finds them in the model's inputs.
         vision: also bidirectional calls without a mask, as vision towers make.
-        fit_blocks: smaller blocks for shorter contexts, where pinned blocks would take most of a low density.
-        trailing: real text tokens behind the last image or video token, per row of the current forward pass.
+        by_density: nothing but a density was asked for: blocks are fitted to the context, as pinned blocks would take
+            most of a low density in a short one, and the last ``TAIL`` tokens count as text where none is known.
+        trailing: real text tokens behind the last image or video token, per row of the current forward pass; None for
+            rows without such a token.
     """
 
     config: PSAConfig
@@ -83,8 +87,8 @@ class Prefill:
     text_length: int | None = None
     vision: bool = False
     backend: str = "auto"
-    fit_blocks: bool = False
-    trailing: list[int] | None = None
+    by_density: bool = False
+    trailing: list[int | None] | None = None
     seen_visual: list[bool] = field(default_factory=list)
     stats: dict[int, LayerStats] = field(default_factory=dict)
     rows: RealTokens | None = field(default=None, repr=False)
@@ -93,11 +97,13 @@ class Prefill:
         return {**self.__dict__, "rows": None, "trailing": None}
 
     def trailing_text(self, batch: int, length_q: int) -> list[int]:
+        unknown = TAIL if self.by_density else 0
+        found: list[int | None] = [None] * batch
         if self.text_length is not None:
-            return [min(self.text_length, length_q)] * batch
-        if self.trailing is None or len(self.trailing) != batch:
-            return [0] * batch
-        return [min(count, length_q) for count in self.trailing]
+            found = [self.text_length] * batch
+        elif self.trailing is not None and len(self.trailing) == batch:
+            found = self.trailing
+        return [min(unknown if count is None else count, length_q) for count in found]
 
 
 @lru_cache(maxsize=64)
@@ -233,7 +239,7 @@ def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float, causal:
         q,
         k,
         v,
-        config=fitted(prefill.config, k.shape[2]) if prefill.fit_blocks else prefill.config,
+        config=fitted(prefill.config, k.shape[2]) if prefill.by_density else prefill.config,
         is_causal=causal,
         scale=scale,
         enable_gqa=True,

@@ -69,7 +69,7 @@ def enable_model(
         attention_config: a presets file laid over the built-in one.
         min_queries: prefills, and chunks of one, with no more queries than this stay dense.
         text_length: trailing tokens that always read, and are read, in full. Default: those behind the last image or
-            video token of the input; none for text models.
+            video token of the input; without such a token the last 16 with ``density`` alone, else none.
         vision: also use bidirectional PSA in the vision tower, for images or windows of more than ``min_queries``.
         backend: see :func:`psa.psa_attention`.
 
@@ -89,8 +89,8 @@ def enable_model(
             "psa.enable needs a PreTrainedModel (transformers 4.57 or later) with a text decoder"
         )
     register()
-    fit_blocks = preset is None and config is None
-    return Handle(model, Prefill(settings, min_queries, text_length, vision, backend, fit_blocks))
+    by_density = density is not None and preset is None and config is None
+    return Handle(model, Prefill(settings, min_queries, text_length, vision, backend, by_density))
 
 
 def choose_config(
@@ -106,7 +106,8 @@ def choose_config(
     found = presets.get(SECTION, preset, attention_config)
     if density is None or found.type == "dense":
         return found
-    return found.replace(mask_mode="proportional", rank_exponent=RETRIEVAL.rank_exponent, density=density)
+    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent, "density": density}
+    return found.replace(**ranked, use_sim_mask=False)  # where nothing is dropped, a cap would overrule the density
 
 
 class Handle:
@@ -201,7 +202,7 @@ class TrailingText:
         seen = seen or [False] * len(counts)
         self.prefill.seen_visual = [before or here > 0 for before, (_, here) in zip(seen, counts, strict=True)]
         known = zip(counts, self.prefill.seen_visual, strict=True)
-        self.prefill.trailing = [text if visual_seen else 0 for (text, _), visual_seen in known]
+        self.prefill.trailing = [text if visual_seen else None for (text, _), visual_seen in known]
 
     def _visual(self, ids: Tensor | None, types: Tensor | None) -> Tensor | None:
         if isinstance(types, Tensor) and types.ndim == 2 and (ids is None or types.shape == ids.shape):
