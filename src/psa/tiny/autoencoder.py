@@ -100,7 +100,7 @@ def _off(vae: Any, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return vae.decode(posterior.sample()).sample - wanted, posterior.kl().mean() * CHANNELS / posterior.mean[0].numel()
 
 
-def write(path: Path, body: dict[str, Any]) -> None:
+def write(path: Path, body: Any) -> None:
     """Saves under a temporary name, then renames, so that an interruption leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
