@@ -84,25 +84,6 @@ def test_full_layers_between_sliding_ones_are_sparse():
         assert calls == [(0, 1), (1, 0)]
 
 
-@pytest.mark.parametrize("filled", (torch.finfo(torch.float32).min, -torch.inf, False))
-def test_masks_of_padding_alone_are_causal_too(llama, filled):
-    """As GPT-2 of transformers 4 makes them: [B, 1, 1, K]."""
-    from psa.integrations.prefill import Layer, psa_attention_forward
-
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 60, 16, generator=g) for heads in (4, 2, 2))
-    real = torch.ones(2, 60, dtype=torch.bool)
-    real[0, :20] = False
-    mask = real if filled is False else torch.zeros(2, 60).masked_fill(~real, filled)
-    module = copy.copy(llama.model.layers[0].self_attn)
-    visible = real[:, None, None] & torch.ones(60, 60, dtype=torch.bool).tril()
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True).transpose(1, 2)
-    for least in (32, 256):
-        module.__dict__["_psa"] = Layer(Prefill(EXACT, min_queries=least), 0)
-        out, _ = psa_attention_forward(module, q, k, v, mask[:, None, None])
-        close(out[real], exact[real])
-
-
 def test_packed_sequences_and_own_masks_stay_dense(llama):
     ids = tokens(1, 120)
     positions = torch.cat((torch.arange(50), torch.arange(70)))[None]
