@@ -40,10 +40,6 @@ def text_model(kind: str = "llama", **changes):
         "phi3": ("Phi3Config", {}),
         "gpt_neox": ("GPTNeoXConfig", {}),
         "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
-        "bamba": (
-            "BambaConfig",
-            {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},
-        ),
         "deepseek": (
             "DeepseekV3Config",
             {

@@ -152,6 +152,8 @@ def psa_attention_forward(
     """
     layer: Layer = getattr(module, "_psa", None) or _default_layer()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        causal = True  # psa_mask says so, where models that expect causality in their mask pass False
     if attention_mask is not None and attention_mask.ndim == 2 and key.shape[2] > attention_mask.shape[1]:
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     if _serves(layer.prefill, module, query, key, attention_mask, causal, dropout, kwargs):
