@@ -1,11 +1,12 @@
 """Questions about images and videos: what is read, what is refused before weights load, and how answers compare."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="4.57")
+pytest.importorskip("transformers", minversion="4.57")
 pytest.importorskip("av")
 pytest.importorskip("PIL")
 
@@ -231,7 +232,7 @@ def test_chunked_prefill_answers_alike(loaded):
     vision = understand.look([CLIP], frames=12)
     whole = understand.answer(loaded, "What?", vision, max_new_tokens=3)
     config = psa.PSAConfig(mask_mode="topk", mask_ratios={1: (0.0, 1.0)})
-    if transformers.__version__.startswith("4."):
+    if version("transformers").startswith("4."):
         with pytest.raises(psa.PSAError, match="needs transformers 5"):
             understand.answer(loaded, "What?", vision, max_new_tokens=3, prefill_chunk=128)
         return
