@@ -53,7 +53,7 @@ class Stage:
 STAGES = (
     Stage("parts", 64, 9, 24, 4300, 8192, 2e-3, pairs=0.1),
     Stage("scenes", 96, 17, 8, 250, 1024, 1e-3),
-    Stage("native", 128, 33, 2, 150, 240, 5e-4),
+    Stage("native", 128, 33, 2, 100, 240, 5e-4),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
