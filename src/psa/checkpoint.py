@@ -1,6 +1,7 @@
 """Finding a video model's files, checking a request against them, and loading the pipeline."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,8 @@ class Checkpoint:
         patch = transformer.get("patch_size") or 1
         patch = patch[-1] if isinstance(patch, list) else patch
         frames = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4
-        return int(spatial) * int(patch), int(frames)
+        multiple = int(spatial) * int(patch)
+        return math.lcm(multiple, 16) if self.class_name.startswith("Wan") else multiple, int(frames)
 
     def check_size(self, width: int | None, height: int | None, num_frames: int | None) -> None:
         """Raises ConfigError, naming the nearest valid value, for a size or frame count that the model cannot take."""
