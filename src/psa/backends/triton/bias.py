@@ -151,7 +151,7 @@ def bias_constants(dim: int, block_n: int, group: int, sums: bool) -> dict[str, 
 def bias_from_power(pyramid: Pyramid, block_n: int, power: Tensor, cap: Tensor, heads: int, scale: float) -> RowBias:
     """From the power of each head's queries, float32 [B|1, H, D], and its cap, float32 [B|1, H|1]."""
     batch = pyramid.keys.shape[0]
-    power = power.expand(batch, heads, -1).contiguous()
+    power = (power if power.stride(-1) == 1 else power.contiguous()).expand(batch, heads, -1)
     inputs = {"power_ptr": power, "cap_ptr": cap, "power_out_ptr": None, "cap_out_ptr": None}
     inputs |= {"power_strides": power.stride()[:2], "cap_strides": cap.expand(batch, heads).stride()}
     return _row_bias(pyramid, block_n, heads, scale, inputs, parts=1, share=1.0, limit=0.0)
