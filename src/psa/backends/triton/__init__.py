@@ -20,7 +20,7 @@ from ...config import MAX_LEVEL, PSAConfig
 from ..base import Selection
 
 LARGEST_ROW = 32768
-LARGEST_SORTED = 4096
+LARGEST_SORTED = 2048
 """KV blocks of a row; of one that is sorted, for ``rank_exponent``."""
 OLDEST = (3, 4)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

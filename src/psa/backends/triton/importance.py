@@ -24,31 +24,21 @@ WIDTH = 32
 
 
 @triton.jit
-def _mean_queries(
-    q_ptr, stride_l, stride_d, first_row, length_q,
-    head_dim: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, POWER: tl.constexpr,
+def _sum_queries(
+    q_ptr, stride_l, stride_d, left, head_dim: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_D: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """Means over POOL consecutive query rows: float32 [ROWS, BLOCK_D], zeros where no row is real.
-
-    And, with POWER, the sum of all their squares, [BLOCK_D].
-    """
-    # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
-    q_ptr += first_row * stride_l
-    left = (length_q - first_row).to(tl.int32)
+    """Sums over POOL consecutive query rows, or of their squares: float32 [ROWS, BLOCK_D]. ``left`` rows are real."""
     rows = tl.arange(0, ROWS) * POOL
     channels = tl.arange(0, BLOCK_D)
     offsets = rows[:, None] * stride_l + channels[None, :] * stride_d
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(POOL):
         real = (rows + i < left)[:, None] & (channels < head_dim)[None, :]
         queries = tl.load(q_ptr + offsets, mask=real, other=0.0).to(tl.float32)
-        total += queries
-        if POWER:
-            squares += queries * queries
+        total += queries * queries if SQUARES else queries
         q_ptr += stride_l
-    count = tl.minimum(tl.maximum(left - rows, 1), POOL)
-    return total / count.to(tl.float32)[:, None], tl.sum(squares, axis=0)
+    return total
 
 
 @triton.jit
@@ -121,15 +111,18 @@ def _importance_kernel(
         head = (item // groups_m % HEADS).to(tl.int64)
         batch = (item // groups_m // HEADS).to(tl.int64)
         first_row = group.to(tl.int64) * TILE_M * BLOCK_M
-        queries, squares = _mean_queries(
-            q_ptr + batch * q_strides[0] + head * q_strides[1], q_strides[2], q_strides[3], first_row, length_q,
-            head_dim, ROWS, POOL, BLOCK_D, POWER,
-        )  # fmt: skip
-        queries = queries.to(k_ptr.dtype.element_ty)
+        # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
+        tile_q = q_ptr + batch * q_strides[0] + head * q_strides[1] + first_row * q_strides[2]
+        left = (length_q - first_row).to(tl.int32)
         channels = tl.arange(0, BLOCK_D)
         if POWER:
+            # A pass of its own: both sums at once take more registers than there are.
+            squares = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, True)
             at = ((batch * HEADS + head) * groups_m + group) * head_dim
-            tl.store(power_ptr + at + channels, squares, mask=channels < head_dim)
+            tl.store(power_ptr + at + channels, tl.sum(squares, axis=0), mask=channels < head_dim)
+        queries = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, False)
+        count = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
+        queries = (queries / count.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
         last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
         real_row = first_row + row * POOL < length_q
         stop = tiles
@@ -237,7 +230,10 @@ def importance(
     blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
     per_m, per_n = rules.block_m // rows, rules.block_n // cols
     single = q.dtype == torch.float32
-    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single)
+    exponent, rank_exponent = encode or (1.0, 0.0)
+    ranked = rank_exponent != 0.0
+    extras = ranked or power is not None
+    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single, extras)
     work = batch * heads * -(-blocks_m // (tile_rows // per_m))
     programs = min(work, 2 * _processors(q.device))
     tiles = -(-blocks_n * per_n // keys)
@@ -245,7 +241,6 @@ def importance(
     sums = torch.empty(programs, tile_rows, tiles * keys // per_n, dtype=torch.float32, device=q.device)
     peaks = torch.empty(programs, tile_rows, tiles, dtype=torch.float32, device=q.device)
     masked = key_mask is not None
-    exponent, rank_exponent = encode or (1.0, 0.0)
     _importance_kernel[(programs,)](
         q, pooled_k, key_mask.view(torch.uint8) if masked else None, out, sums, peaks, power, rules.first_real,
         q.stride(), pooled_k.stride(), key_mask.stride() if masked else (0, 1), length_q, length_k, blocks_m, blocks_n,
@@ -253,7 +248,7 @@ def importance(
         head_dim, HEADS=heads, GROUPS=heads // pooled_k.shape[1], BLOCK_M=rules.block_m, BLOCK_N=rules.block_n,
         POOL=rows, COLS=cols, ROWS=tile_rows, KEYS=keys, WIDTH=WIDTH, BLOCK_D=padded(head_dim),
         CAUSAL=rules.is_causal, MASKED=masked, ENCODE=encode is not None, TEXT_FIRST=rules.text_first,
-        POWER=power is not None, RANKED=row_width(blocks_n) if rank_exponent else 0,
+        POWER=power is not None, RANKED=row_width(blocks_n) if ranked else 0,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -277,11 +272,16 @@ def pool_keys(k: Tensor, cols: int, key_mask: Tensor | None = None) -> Tensor:
     return pooled
 
 
-def tiling(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> tuple[int, int, int, int]:
-    """Pooled query rows and pooled keys per tile, warps, and pipeline stages; ``single``: float32 operands."""
+def tiling(
+    block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool, extras: bool
+) -> tuple[int, int, int, int]:
+    """Pooled query rows and pooled keys per tile, warps, and pipeline stages.
+
+    ``single``: float32 operands; ``extras``: rows are sorted or squares summed, which spills with 4 warps.
+    """
     tile_rows = max(block_m // rows, MAX_ROWS)
     keys = max(block_n // cols, 32 if single else 64)
-    return tile_rows, keys, max(8 if single or dim > 128 else 4, tile_rows // 16), 2
+    return tile_rows, keys, max(8 if single or extras or dim > 128 else 4, tile_rows // 16), 2
 
 
 def _processors(device: torch.device) -> int:

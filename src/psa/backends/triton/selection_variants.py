@@ -56,9 +56,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("wan", extras=True),
+    Setting("wan"),
     Setting("wan-128", block_n=128, capped=True, width=1024),
-    Setting("wan-32", block_n=32, width=4096, extras=True),
+    Setting("wan-32", block_n=32, width=4096),
     Setting("cogvideo", dim=64, width=512),
     Setting("qwen", block_n=128, group=7, causal=True, masked=True, extras=True),
     Setting("wide", dim=256, causal=True, width=1024, extras=True),
@@ -105,18 +105,20 @@ def _kernels(setting: Setting, arch: int) -> Iterator[Variant]:
 
 def _logits(setting: Setting, arch: int, rules: dict[str, Any]) -> Iterator[Variant]:
     """Pooled importance: as it is, as keys, with the queries' power, and with each block's place in its row."""
-    rows, keys, warps, stages = tiling(128, setting.block_n, 16, 8, setting.dim, setting.dtype == "fp32")
+    sizes = (128, setting.block_n, 16, 8, setting.dim, setting.dtype == "fp32")
+    rows, keys, *_ = tiling(*sizes, extras=False)
     constants = rules | {
         "head_dim": setting.dim, "HEADS": 12, "GROUPS": setting.group, "POOL": 16, "COLS": 8, "ROWS": rows,
         "KEYS": keys, "WIDTH": WIDTH, "BLOCK_D": padded(setting.dim), "POWER": False, "RANKED": 0, "ENCODE": True,
     }  # fmt: skip
     instruction = instruction_of(arch) if setting.dtype != "fp32" else "HMMA|HGMMA|UTC\\w*MMA"
-    options = {"num_warps": warps, "num_stages": stages}
     choices = {"": {"ENCODE": False}, "-keys": {}}
     if setting.extras:
         choices |= {"-power": {"POWER": True}, "-ranked": {"RANKED": setting.width}}
     for suffix, changes in choices.items():
         name = f"_importance_kernel{suffix}"
+        _, _, warps, stages = tiling(*sizes, extras=suffix in ("-power", "-ranked"))
+        options = {"num_warps": warps, "num_stages": stages}
         yield _variant(
             name, _importance_kernel, setting, arch, constants | changes, options, instruction, True,
             set() if "POWER" in changes else {"power_ptr"},
