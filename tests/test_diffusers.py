@@ -1,11 +1,9 @@
 """`psa.enable` on diffusers models and pipelines: exact where it must be, reversible, step and layout read."""
 
-import pytest
-import torch
-
-pytest.importorskip("diffusers")
 import diffusers
+import pytest
 import tiny_checkpoints as tiny
+import torch
 from tiny_checkpoints import run, same
 from tiny_models import MODELS, build
 
@@ -13,21 +11,7 @@ import psa
 from psa.errors import ConfigError, PSAError, ShapeError
 from psa.integrations.denoising import Schedule, StepReader
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return tiny.make("wan21_1.3b")
-
-
-@pytest.fixture(scope="module")
-def cogvideo():
-    return tiny.make("cogvideo_5b")
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 # -- exact at density 1, sparse below, dense before and after --------------------------------------------------------

@@ -10,9 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("diffusers")
-pytest.importorskip("av")
 import tiny_checkpoints as tiny
 
 from psa.presets import get
