@@ -139,9 +139,9 @@ def write_rows(rows: Iterable[BenchRow], path: str | Path) -> None:
 
 def plot(rows: Iterable[BenchRow], path: str | Path) -> Path:
     """Speed-up over dense against length, one line for each head size and density."""
-    from .pictures import _pyplot, save
+    from .pictures import pyplot, save
 
-    figure, axes = _pyplot().subplots(figsize=(6.5, 4.2))
+    figure, axes = pyplot().subplots(figsize=(6.5, 4.2))
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         lines.setdefault(f"D={row.head_dim}, density {row.density:.2f}, {row.backend}", []).append(

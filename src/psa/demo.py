@@ -170,7 +170,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     both = np.concatenate((dense, sparse), axis=2).repeat(3, axis=1).repeat(3, axis=2)
     write_video(folder / "demo.mp4", both, FPS)
-    _draw(folder / "demo.png", dense, sparse, kept[0], config)
+    _draw(folder / "demo.png", dense, sparse, kept[0], config, str(scene))
     result = DemoResult(
         str(scene), kept[0][0].shape[2], stats["overall_density"], seconds_dense, seconds_psa,
         seconds_dense / seconds_psa, alike["psnr"], alike["ssim"],
@@ -188,14 +188,14 @@ def _warm_up(config: PSAConfig) -> None:
 
 
 def _draw(
-    path: Path, dense: np.ndarray, sparse: np.ndarray, qkv: tuple[Tensor, Tensor, Tensor], config: PSAConfig
+    path: Path, dense: np.ndarray, sparse: np.ndarray, qkv: tuple[Tensor, Tensor, Tensor], config: PSAConfig, title: str
 ) -> None:
     q, k, v = qkv
     grid = (1 + (FRAMES - 1) // 2, HEIGHT // 8, WIDTH // 8)
     if q.shape[2] != grid[0] * grid[1] * grid[2]:
         raise PSAError(f"demo: {q.shape[2]} tokens, expected a grid of {grid}")
     plan = make_plan(q[:1], k[:1], config, v=v[:1], grid=grid)
-    demo_picture(path, dense, sparse, plan, grid)
+    demo_picture(path, dense, sparse, plan, grid, title)
 
 
 def _write(result: DemoResult, stats: dict[str, Any]) -> None:
