@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tiny
+from .checkpoint import Checkpoint
 from .config import PUBLISHED_RATIOS, PSAConfig
 from .errors import PSAError
 from .extras import need
@@ -59,25 +60,9 @@ def rivals(density: float) -> dict[str, PSAConfig]:
     }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of loading, which here takes a second."""
-    loggers = [need(f"{name}.utils.logging", "diffusers") for name in ("diffusers", "transformers")]
-    before = [logger.is_progress_bar_enabled() for logger in loggers]
-    for logger in loggers:
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, enabled in zip(loggers, before, strict=True):
-            if enabled:
-                logger.enable_progress_bar()
-
-
 def load_pipeline(folder: str | Path | None = None) -> Any:
     """The tiny model as a diffusers pipeline, or another checkpoint of its kind."""
-    with _quiet():
-        pipe = need("diffusers", "diffusers").WanPipeline.from_pretrained(str(folder or tiny.path()))
+    pipe = Checkpoint(str(folder or tiny.path())).load("float32", image=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
