@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from .commands.evaluate import evaluate
 from .commands.generate import generate_command as generate
+from .commands.progress import progress
 from .commands.understand import understand
 from .errors import PSAError
 
@@ -28,17 +28,6 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--attention_config", help="YAML file of presets; else $PSA_CONFIG, else ./configs/.")
 ]
 Density = Annotated[float | None, typer.Option("--density", help="Share of dense attention's work to keep, in (0, 1].")]
-
-
-def progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def print_json(document: Any) -> None:
@@ -200,7 +189,7 @@ def bench(
         Table("backend", "L", "D", "density", "dense s", "plan s", "attend s", "total s", "speed-up", "of ideal"),
     )
     cases = len(lengths) * len(head_dims) * len(densities) * len(backends)
-    with progress_bar() as bar:
+    with progress() as bar:
         task = bar.add_task("verifying", total=cases)
         found = room.bench(
             lengths,
@@ -253,7 +242,7 @@ def demo(
     from . import demo as room
     from .tiny.scenes import GRAMMAR
 
-    with progress_bar() as bar:
+    with progress() as bar:
         tasks = {name: bar.add_task(name, total=room.STEPS) for name in ("dense", "psa")}
         result = room.run(
             prompt or room.PROMPT, output_dir, density=density, seed=seed,

@@ -26,6 +26,7 @@ class GenerateRequest:
         image: first frame, for image-to-video.
         model_path: folder or hub id to take a known model's weights from.
         preset, attention_config, density, warmup_steps: see :func:`psa.enable`; ``dense`` turns PSA off.
+        min_queries: videos of no more tokens stay dense, see :func:`psa.enable`.
         seed: of the first video; the i-th takes ``seed + i``.
         output_dir: videos go right there, and a second run resumes; None makes ``outputs/{model}/{timestamp}``.
         offload: None, ``"model"`` or ``"sequential"``: keep weights on the CPU until needed.
@@ -43,6 +44,7 @@ class GenerateRequest:
     attention_config: str | None = None
     density: float | None = None
     warmup_steps: int | None = None
+    min_queries: int | None = None
     dense: bool = False
     width: int | None = None
     height: int | None = None
