@@ -10,6 +10,8 @@ from psa.generate import Event, GenerateRequest, generate, read_prompts
 from psa.presets import section
 from psa.video import read_video, write_video
 
+pytestmark = pytest.mark.usefixtures("short")
+
 
 def request(kind, folder, **changes):
     width, height = tiny.SIZES.get(kind, tiny.SIZE)

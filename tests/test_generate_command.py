@@ -15,6 +15,7 @@ import tiny_checkpoints as tiny
 from psa.presets import get
 from psa.video import read_video
 
+pytestmark = pytest.mark.usefixtures("short")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "examples" / "inference"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAWarning
 
-SHORT = 2048
-"""Tokens up to which the automatic mode's choosing costs about what it saves, or more: benchmarks/short.py."""
+SHORT = 1536
+"""Tokens up to which the automatic mode's choosing costs what it saves, or more: benchmarks/short.py."""
 DensitySchedule = Callable[[int, int], float | None] | Sequence[float | None]
 NEAR = 0.02
 """Share of the largest timestep by which a call's timestep may differ from the scheduler's, e.g. by rounding."""

@@ -60,7 +60,7 @@ def enable_model(
         dense_layers: layer indices (negative from the end) that stay dense.
         dense_first_frames, dense_last_frames: latent frames that read and are read in full.
         density_schedule: density of each step: a function of (step, steps) or a list stretched over the steps.
-        min_queries: calls with no more tokens than this stay dense. Default: 2048 in the automatic mode, where shorter
+        min_queries: calls with no more tokens than this stay dense. Default: 1536 in the automatic mode, where shorter
             sequences cost more to choose for than attention itself; else 0. Not under context parallelism.
         text_position: ``"first"`` or ``"last"``, for models that psa does not know.
         layout: how the tokens are made up, instead of reading it from the model.
