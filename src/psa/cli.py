@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from .commands import run_app
 from .commands.evaluate import evaluate
 from .commands.generate import generate_command as generate
 from .commands.progress import progress
@@ -163,14 +164,14 @@ def inspect(
 
 @app.command()
 def bench(
-    lengths: Annotated[list[int], typer.Option("--length")] = [4096, 16384],  # noqa: B006
-    head_dims: Annotated[list[int], typer.Option("--head_dim")] = [64, 128],  # noqa: B006
+    lengths: Annotated[list[int], typer.Option("--length", min=1)] = [4096, 16384],  # noqa: B006
+    head_dims: Annotated[list[int], typer.Option("--head_dim", min=1)] = [64, 128],  # noqa: B006
     densities: Annotated[list[float], typer.Option("--density")] = [0.15],  # noqa: B006
     backends: Annotated[list[str], typer.Option("--backend")] = ["auto"],  # noqa: B006
-    heads: Annotated[int, typer.Option("--heads")] = 4,
+    heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     causal: Annotated[bool, typer.Option("--causal")] = False,
-    repeats: Annotated[int, typer.Option("--repeats")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", help="Append rows to this .jsonl file; a plot goes beside it.")
     ] = None,
@@ -266,14 +267,8 @@ app.add_typer(evaluate, name="evaluate")
 
 
 def main() -> None:
-    """Entry point: a PSAError is one line on stderr and exit code 2."""
-    try:
-        app()
-    except PSAError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Entry point of `psa`."""
+    run_app(app)
 
 
 if __name__ == "__main__":

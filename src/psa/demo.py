@@ -139,7 +139,9 @@ def run(
 
     scene, config = parse(prompt), rivals(density)["psa"]
     need("matplotlib", "report")
-    folder, pipe = Path(output_dir), load_pipeline()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline()
     _warm_up(config)
     blocks = len(pipe.transformer.blocks)
     middle = 2 * blocks * (steps // 2) + blocks // 2  # a middle layer at the middle step, of the pass with text
@@ -152,7 +154,6 @@ def run(
         sparse = make_video(pipe, str(scene), seed, steps, partial(on_step, "psa"))
         seconds_psa, stats = time.perf_counter() - began, handle.stats
     alike = likeness(dense, sparse)
-    folder.mkdir(parents=True, exist_ok=True)
     both = np.concatenate((dense, sparse), axis=2).repeat(3, axis=1).repeat(3, axis=2)
     write_video(folder / "demo.mp4", both, FPS)
     _draw(folder / "demo.png", dense, sparse, kept[0], config, str(scene))

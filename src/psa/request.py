@@ -7,7 +7,7 @@ from pathlib import Path
 from . import presets
 from .checkpoint import Checkpoint, lora_file
 from .config import PSAConfig, nearest
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .functional import resolve_config
 from .models import MODELS, VideoModel
 
@@ -110,7 +110,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt_file: {path}: cannot be read ({error}); expected {PROMPT_LINES}") from error
+        raise ConfigError(
+            f"prompt_file: {path}: cannot be read ({one_line(error)}); expected {PROMPT_LINES}"
+        ) from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(f"prompt_file: {path}: empty; expected {PROMPT_LINES}")

@@ -1,6 +1,5 @@
 """`psa generate`, and the scripts under examples/inference that call it with the published flags."""
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
-from ..errors import ConfigError, PSAError
+from ..errors import ConfigError
 from ..generate import Event, GenerateRequest, Result, generate, read_prompts
+from . import run_app
 from .progress import progress
 
 console = Console(stderr=True, soft_wrap=True)
@@ -189,8 +189,4 @@ def script(models: tuple[str, ...], configs: dict[str, dict[str, Any]] | None = 
         context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
     )
     app.command()(command)
-    try:
-        app()
-    except PSAError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(2)
+    run_app(app)

@@ -55,6 +55,8 @@ def understand(
     sparse = {"preset": preset, "density": density, "attention_config": str(attention_config or "") or None}
     room.check_settings(use_psa=use_psa or compare, **sparse)
     checked = room.check_model(model)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 
@@ -91,7 +93,6 @@ def understand(
         "agreement": asdict(agreement) if agreement else None,
     }
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
