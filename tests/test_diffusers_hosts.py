@@ -178,9 +178,13 @@ def test_compiled_transformers_in_one_graph(name, how):
             assert handle.stats["sparse_calls"] > 0 and out.isfinite().all()
 
 
-def test_gradients_flow_through_an_enabled_model():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_flow_through_an_enabled_model(compiled):
     with torch.inference_mode(False):
+        torch._dynamo.reset()
         model, call = build("wan")
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager")
         call["hidden_states"] = call["hidden_states"].clone().requires_grad_()
         with psa.enable(model, density=1.0):
             model(**call, return_dict=False)[0].square().sum().backward()
