@@ -75,7 +75,8 @@ def list_presets(
     sections = [presets.section(model, attention_config)] if model else list(presets.load(attention_config).values())
     if as_json:
         described = {
-            s.name: {n: {**c.to_dict(), "density": presets.explain(c)} for n, c in s.presets.items()} for s in sections
+            s.name: {n: {**c.to_dict(), "explained": presets.explain(c)} for n, c in s.presets.items()}
+            for s in sections
         }
         return print_json(described)
     for section in sections:
