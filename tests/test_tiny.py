@@ -199,7 +199,7 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
         scene = sample_scene(rng, held_out=True, pairs=0)
         size = {"width": 96, "height": 96, "frames": 17, "steps": 8}
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
-        with psa.enable(pipe, config=demo.rivals(0.15)["psa"]):
+        with psa.enable(pipe, config=demo.rivals(0.15)["psa"], min_queries=0):
             right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
     # A guess gets colour, shape and motion right once in 144.
     assert right["dense"]["colour"] >= 10 and right["dense"]["motion"] >= 8 and right["dense"]["all"] >= 4, right
@@ -220,16 +220,29 @@ def test_it_is_a_checkpoint_like_any_other(tmp_path):
             str(prompts),
             *small,
             "--compare",
+            "--min_queries",
+            "0",
             "--output_dir",
             str(tmp_path),
         ],
     )
     assert told.exit_code == 0, told.output
+    assert "it/s" not in told.stderr, "no bars of loading"
     for name in ("video_0000", "video_0001"):
         assert read_video(tmp_path / f"{name}.mp4").shape == (9, 64, 64, 3)
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["density"] <= 0.16 and record["compare"]["psnr"] > 10
     assert name_of(demo.load_pipeline()) == "tiny"
+
+
+def test_a_small_clip_stays_dense_and_says_so(tmp_path):
+    small = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "1", "--compare"]
+    prompt = ["--prompt", "a small red circle growing over waves"]
+    told = CliRunner().invoke(app, ["generate", "--model", "tiny", *prompt, *small, "--output_dir", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+    assert "calls of 320 tokens stay dense" in told.stderr
+    record = json.loads((tmp_path / "video_0000.json").read_text())
+    assert record["density"] == 1.0 and record["stats"]["sparse_calls"] == 0 and record["compare"]["psnr"] == 100
 
 
 def test_demo_shows_numbers_and_pictures(tmp_path):
