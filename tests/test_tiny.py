@@ -17,7 +17,7 @@ from psa.errors import ConfigError
 from psa.models import name_of
 from psa.tiny import path
 from psa.tiny.autoencoder import train_autoencoder
-from psa.tiny.checker import matches, read
+from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
 from psa.tiny.train import WORDS, Run, Stage, Student, start_from
@@ -43,6 +43,15 @@ def test_captions_are_parsed_back(scene):
 def test_other_prompts_are_refused_with_the_grammar(prompt):
     with pytest.raises(ConfigError, match=r"red\|green"):
         parse(prompt)
+
+
+def test_things_are_named_from_left_to_right():
+    rng = random.Random(0)
+    for seed in range(20):
+        scene = sample_scene(rng, pairs=1)
+        owner = _colours(render(scene, 33, 128, 128, random.Random(seed)))
+        first, second = ((owner == list(HUES).index(thing.colour)).nonzero()[:, 2].float() for thing in scene.things)
+        assert first.mean() < second.mean(), scene
 
 
 def test_training_never_shows_what_is_held_out():
@@ -98,7 +107,7 @@ def test_checker_counts_things():
 
 # -- training --------------------------------------------------------------------------------------------------------
 
-STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4))
+STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4, density=0.5))
 
 
 def plain_run(folder, stages=STAGES):
