@@ -4,33 +4,20 @@ import copy
 import io
 import pickle
 
-import pytest
-import torch
-
-pytest.importorskip("diffusers")
 import diffusers
+import pytest
 import tiny_checkpoints as tiny
+import torch
 from tiny_checkpoints import run, same
 from tiny_models import build
 
 import psa
 from psa.errors import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return tiny.make("wan21_1.3b")
-
-
-@pytest.fixture(scope="module")
-def cogvideo():
-    return tiny.make("cogvideo_5b")
+pytestmark = pytest.mark.usefixtures("inference")
+NO_TORCHAO = (
+    "diffusers 0.36, the oldest tested, cannot be imported beside torchao 0.18; `make test` lays it over the newest"
+)
 
 
 def test_second_enable_needs_replace_and_nests(wan):
@@ -147,10 +134,11 @@ def test_quantised_weights(kind, how):
     if how == "float8 storage":
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     elif how == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = pytest.importorskip("torchao.quantization", reason=NO_TORCHAO)
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     else:
-        quanto = pytest.importorskip("optimum.quanto")
+        from optimum import quanto
+
         quanto.quantize(model, weights=quanto.qint8)
         quanto.freeze(model)
     dense = run(pipe, steps=1)
