@@ -5,7 +5,7 @@ maximum of) the result over each block pair. Memory stays linear: query rows are
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,16 +39,38 @@ class ScoreRows:
 
 @torch.no_grad()
 def importance(
-    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    only: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Importance by ``config.importance``: float32 [B, H, M, N]; rows sum to one, or to zero where nothing is seen.
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
+
+    Args:
+        only: int64 [S], ascending: the query blocks to score, [B, H, S, N]. Of a partial last one the last row counts
+            for those it lacks.
+        wanted: bool [B, H]; the CPU leaves out KV heads that nobody wants, their importance is 0.
     """
     gather = {"pooled": pooled_rows, "sampled": sampled_rows, "antidiagonal": antidiagonal_rows}[config.importance]
     rows = gather(q, k, config, scale, is_causal, key_mask)
     blocks_q, blocks_k = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
-    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled")
+    if only is not None:
+        rows, blocks_q = _of_blocks(rows, only), len(only)
+    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled", wanted=wanted)
+
+
+def _of_blocks(rows: ScoreRows, blocks: Tensor) -> ScoreRows:
+    place = torch.arange(rows.per_block_q, device=blocks.device)
+    index = (blocks[:, None] * rows.per_block_q + place).flatten().clamp(max=rows.queries.shape[2] - 1)
+    position = None if rows.query_position is None else rows.query_position[index]
+    return replace(rows, queries=rows.queries[:, :, index], query_position=position)
 
 
 def pooled_rows(
@@ -101,7 +123,9 @@ def sampled_rows(
     return ScoreRows(queries, keys, bias, *positions, config.block_m // 4, config.block_n // 4)
 
 
-def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool) -> Tensor:
+def block_scores(
+    rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool, wanted: Tensor | None = None
+) -> Tensor:
     """Softmax of each query row, summed (or maximised) over block pairs, rows normalised: float32 [B, H, M, N].
 
     Key rows are laid out place by place, not block by block, so that sums over a block run along whole vectors: on the
@@ -123,6 +147,8 @@ def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool
     step = max(1, CHUNK // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q) * rows.per_block_q
     for b, first, start in itertools.product(range(batch), range(0, kv_heads, at_once), range(0, count, step)):
         of = slice(first * (heads // kv_heads), first * (heads // kv_heads) + groups)
+        if wanted is not None and wanted.device.type == "cpu" and not bool(wanted[b, of].any()):
+            continue
         width = _visible_blocks(rows, min(start + step, count), blocks_k)
         part = keys[b, first : first + at_once, ..., :width].flatten(2)
         logits = _grouped_product(rows.queries[b, of, start : start + step], part).float().unflatten(-1, (-1, width))
