@@ -1,8 +1,8 @@
 """The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
 
 Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked), in how
-coarsely importance is pooled, in the cap of the variance bias and in whether the slope correction is added. A head's choice is a row of a table, so everything
-here stays on the device.
+coarsely importance is pooled, in the cap of the variance bias and in whether the slope correction is added. A head's
+choice is a row of a table, so everything here stays on the device.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from .allocate import BlockMask
-from .candidates import CAPS, VARIANTS, Choice, candidates, constant, levels_of, levels_of_all
+from .candidates import CAPS, VARIANTS, Candidate, Choice, candidates, constant, levels_of, levels_of_all
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
 CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
-FINE_HANDICAP = 1.2
+BARRED = 1e9
+"""Handicap of what must not be chosen."""
+MISSED = 1.1
+"""A head whose measured error is more than so many times ``target_error`` runs dense."""
+FINE_HANDICAP = 1.1
 """Factor on the squared error of finer importance: what its time, spent on density instead, would gain."""
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
@@ -166,9 +170,8 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
     squared, norms = layer.errors(rows, _scored(layer, rows, steps))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
-    fine = FINE_HANDICAP if layer.finer is not None else CAPPED_ERROR**2
-    handicap = constant(tuple(fine if c.fine else 1.0 for c in tried), squared.device)
-    best = lambda errors: (errors.sum(2) * handicap).argmin(dim=-1)  # noqa: E731
+    factors = constant(tuple(handicap(c, layer) for c in tried), squared.device)
+    best = lambda errors: (errors.sum(2) * factors).argmin(dim=-1)  # noqa: E731
     winner = best(squared)
     densities = constant(steps, squared.device)
     if len(steps) == 1:
@@ -185,6 +188,13 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     if config.target_error is not None:
         return curve.meeting(torch.full_like(norm, config.target_error)), curve
     return curve.at(shared_densities(total, densities, float(config.density or config.max_density))), curve
+
+
+def handicap(candidate: Candidate, layer: Layer) -> float:
+    """The factor on a candidate's squared error that makes up for its cost."""
+    if (candidate.fine and layer.finer is None) or (candidate.slope and not layer.config.slope):
+        return BARRED
+    return FINE_HANDICAP if candidate.fine else 1.0
 
 
 def error_and_spread(squared: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,9 @@ ALLOCATIONS = COARSE + FINE
 VARIANTS = tuple((cap, slope) for cap in range(len(CAPS)) for slope in (True, False))
 PROPORTIONAL = tuple(Candidate(*allocation, *variant) for allocation in ALLOCATIONS for variant in VARIANTS)
 """The first is used where nothing could be measured (a plan made without v)."""
-PUBLISHED = tuple(Candidate(1.0, False, False, *variant, mode) for mode in ("topk", "thresholdbound") for variant in VARIANTS)
+PUBLISHED = tuple(
+    Candidate(1.0, False, False, *variant, mode) for mode in ("topk", "thresholdbound") for variant in VARIANTS
+)
 CANDIDATES = PROPORTIONAL + PUBLISHED
 
 

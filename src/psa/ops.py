@@ -91,6 +91,7 @@ def select(
         layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, finer, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
+        shares = shares if config.slope else none_half.clone()
         return levels, q.float().square().mean(2), caps.contiguous(), none_half, shares, facts
     levels = (
         device.plan_levels(q, k, config, scored, caps=cap, **where)
