@@ -167,7 +167,7 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     """
     config = layer.config
     steps, tried = ladder(config), candidates(config)
-    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
+    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-2 * config.probe_rows // 3))
     squared, norms = layer.errors(rows, _scored(layer, rows, steps))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
     factors = constant(tuple(handicap(c, layer) for c in tried), squared.device)
@@ -212,7 +212,7 @@ def error_and_spread(squared: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> tuple[Tensor, Tensor]:
     """The relative error of the plan itself on rows of its own (by ``salt``), and its spread, [B, H]."""
-    rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
+    rows = layer.sample(salt, layer.config.probe_rows)
     scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAPS)
     squared, norms = layer.errors(rows, scored)
     cap = choice.cap[..., None, None].expand(*squared.shape[:3], 1)
