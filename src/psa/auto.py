@@ -20,6 +20,8 @@ CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
 BARRED = 1e9
 """Handicap of what must not be chosen."""
+CORRECTIONS = (2, 3)
+"""Salts of the fresh rows that measure a ``target_error`` again, each after moving along the curve by what it missed."""
 MISSED = 1.1
 """A head whose measured error is more than so many times ``target_error`` runs dense."""
 FINE_HANDICAP = 1.1
@@ -93,9 +95,12 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
     if probing and several:
         error, spread = measure(layer, levels, shares, choice, salt=1)
         if target is not None and curve is not None:
-            choice = curve.meeting(target / (error / target).clamp(min=1.0))
-            levels, shares = lay_out(layer, choice)
-            error, spread = measure(layer, levels, shares, choice, salt=2)
+            aim = torch.full_like(error, target)
+            for salt in CORRECTIONS:
+                aim = aim / (error / target).clamp(min=1.0)
+                choice = curve.meeting(aim)
+                levels, shares = lay_out(layer, choice)
+                error, spread = measure(layer, levels, shares, choice, salt)
         choice = Choice(choice.candidate, choice.density, error, spread)
         if target is not None:
             missed = ~(error <= MISSED * target)
@@ -182,7 +187,10 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
             number = best(squared[:, :, other])[:, :, None, :, None]
             part = squared[:, :, half]
             crosswise[:, :, half] = part.gather(-1, number.expand(*part.shape[:-1], 1))[..., 0, 0]
-        return Choice(winner.squeeze(-1), density, *error_and_spread(crosswise, norms)), None
+        error, spread = error_and_spread(crosswise, norms)
+        own = squared[:, :, :, 0].gather(-1, winner[:, :, None].expand(*norms.shape, 1)).squeeze(-1)
+        error = torch.minimum(error, 2 * error_and_spread(own, norms)[0])  # a half may choose far worse than the whole
+        return Choice(winner.squeeze(-1), density, error, torch.minimum(spread, error)), None
     total, norm = squared.sum(2).gather(-1, winner[..., None]).squeeze(-1), norms.sum(2)
     curve = Curve(densities, (total / norm[..., None].clamp(min=TINY)).sqrt(), winner)
     if config.target_error is not None:
