@@ -21,7 +21,7 @@ CAPPED_ERROR = 1e3
 BARRED = 1e9
 """Handicap of what must not be chosen."""
 CORRECTIONS = (2, 3)
-"""Salts of the fresh rows that measure a ``target_error`` again, each after moving along the curve by what it missed."""
+"""Salts of fresh rows that measure a ``target_error`` again, each after moving along the curve by what was missed."""
 MISSED = 1.1
 """A head whose measured error is more than so many times ``target_error`` runs dense."""
 FINE_HANDICAP = 1.1
