@@ -7,7 +7,9 @@ TORCH := torch==2.13.0
 LOCAL := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*.whl))
 SOURCE := $(if $(LOCAL),,--torch-backend=cpu)
 UV := UV_FIND_LINKS="$(if $(LOCAL),$(PIP_FIND_LINKS))" $(PYTHON) -m uv
-TESTS := $(RUN)/python -m pytest -n 2 --ignore=tests/triton
+# Laid over the newest diffusers alone: beside it the import of 0.36 fails ("name 'logger' is not defined").
+TORCHAO := $(VENV)/torchao-0.18.0
+TESTS := PYTHONPATH=$(TORCHAO) $(RUN)/python -m pytest -n 2 --ignore=tests/triton
 # Kernels are interpreted in a process of their own: the interpreter is chosen when they are imported.
 KERNELS := TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/triton
 # The oldest diffusers that is claimed, laid over the newest.
@@ -31,18 +33,21 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(RUN)/psa demo
 
-test: setup lint $(FLOOR)
+test: setup lint $(FLOOR) $(TORCHAO)
 	$(TESTS) -m "not slow"
 	$(KERNELS) -m "not slow"
 	$(OLDEST) -m "not slow"
 
-test-all: setup lint $(FLOOR)
+test-all: setup lint $(FLOOR) $(TORCHAO)
 	$(TESTS)
 	$(KERNELS)
 	$(OLDEST)
 
 $(FLOOR): $(VENV)/.ready
 	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps diffusers==0.36.0 httpx
+
+$(TORCHAO): $(VENV)/.ready
+	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps torchao==0.18.0
 
 lint: setup
 	$(RUN)/ruff check .

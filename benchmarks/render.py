@@ -157,6 +157,19 @@ def cost_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def short_sequences_table(rows: list[Row]) -> str:
+    """Dense time over PSA's; of rows with the same setting the last one counts."""
+    latest = {(row["length"], row["heads"], row["head_dim"]): row for row in rows}
+    layers = sorted({key[1:] for key in latest})
+    names = " | ".join(f"{heads} × {head_dim}" for heads, head_dim in layers)
+    lines = [f"| dense ÷ PSA, heads × D | {names} |", "|---" * (len(layers) + 1) + "|"]
+    for kind, field in (("auto", "ten"), ("fixed setting", "fixed")):
+        for length in sorted({key[0] for key in latest}):
+            cells = " | ".join(f"{latest[length, *layer][field]:.2f}" for layer in layers)
+            lines.append(f"| {kind}, {length} tokens | {cells} |")
+    return "\n".join(lines)
+
+
 def short_table(rows: list[Row]) -> str:
     """The README's table: the rivals and the default, on the trained heads."""
     kept = (*((rival, "exact") for rival in RIVALS), ("binary", "exact"), ("p2 variance", "ours"), ("auto", "ours"))
@@ -202,6 +215,7 @@ def tables() -> dict[str, str]:
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),
+        "short": short_sequences_table(load("short")),
         "tiny-match": match_table(load("tiny")),
         "tiny-curves": likeness_table(load("tiny")),
         "tiny-heads": methods_table(rows, "tiny"),

@@ -37,7 +37,7 @@ def config(method: str, density: float) -> PSAConfig | None:
 
 def make(pipe, scene: Scene, seed: int, settings: PSAConfig | None, steps: int) -> tuple[np.ndarray, dict]:
     """uint8 frames [F, H, W, 3], and the row."""
-    handle = psa.enable(pipe, config=settings) if settings else None
+    handle = psa.enable(pipe, config=settings, min_queries=0) if settings else None
     with handle or contextlib.nullcontext():
         began = time.perf_counter()
         frames = make_video(pipe, str(scene), seed, steps)

@@ -37,3 +37,30 @@ def checkpoints(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Tiny models make short sequences; with this the automatic mode serves them all the same."""
+    monkeypatch.setattr("psa.integrations.denoising.SHORT", 0)
+
+
+@pytest.fixture
+def inference(short):
+    """Asked for by every test of pipelines: they run without gradients."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def wan():
+    import tiny_checkpoints as tiny
+
+    return tiny.make("wan21_1.3b")
+
+
+@pytest.fixture(scope="module")
+def cogvideo():
+    import tiny_checkpoints as tiny
+
+    return tiny.make("cogvideo_5b")

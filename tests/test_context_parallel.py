@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from packaging.version import Version
@@ -12,7 +13,6 @@ from packaging.version import Version
 import psa
 from psa.errors import ConfigError
 
-diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,33 +1,19 @@
 """`psa.enable` on diffusers models and pipelines: exact where it must be, reversible, step and layout read."""
 
-import pytest
-import torch
+import warnings
 
-pytest.importorskip("diffusers")
 import diffusers
+import pytest
 import tiny_checkpoints as tiny
+import torch
 from tiny_checkpoints import run, same
 from tiny_models import MODELS, build
 
 import psa
-from psa.errors import ConfigError, PSAError, ShapeError
+from psa.errors import ConfigError, PSAError, PSAWarning, ShapeError
 from psa.integrations.denoising import Schedule, StepReader
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return tiny.make("wan21_1.3b")
-
-
-@pytest.fixture(scope="module")
-def cogvideo():
-    return tiny.make("cogvideo_5b")
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 # -- exact at density 1, sparse below, dense before and after --------------------------------------------------------
@@ -61,6 +47,28 @@ def test_warmup_dense_last_steps_and_layers(wan):
     assert all(density == 1 for density in layers[1].values())
     assert stats["sparse_calls"] == 2 * 2  # two steps, two passes of guidance
     assert stats["dense_calls"] == 5 * 2 * 2 - 4
+
+
+def test_short_sequences_stay_dense_in_the_automatic_mode(wan, monkeypatch):
+    monkeypatch.setattr("psa.integrations.denoising.SHORT", 10_000)
+    dense = run(wan, steps=1)
+    with psa.enable(wan, density=0.2) as handle, pytest.warns(PSAWarning, match="stay dense: up to 10000"):
+        assert torch.equal(run(wan, steps=1), dense)
+        stats = handle.stats
+    assert stats["sparse_calls"] == 0 < stats["dense_calls"] and stats["choices"] == []
+    assert stats["density"] is None and stats["overall_density"] == 1.0
+    fixed = psa.PSAConfig(mask_mode="proportional", density=0.2)
+    for options, sparse in (
+        ({"density": 0.2, "min_queries": 0}, True),
+        ({"config": fixed}, True),
+        ({"config": fixed, "min_queries": 10_000}, False),
+    ):
+        with warnings.catch_warnings(), psa.enable(wan, **options) as handle:
+            warnings.simplefilter("error" if sparse else "ignore", PSAWarning)
+            run(wan, steps=1)
+            assert (handle.stats["sparse_calls"] > 0) == sparse
+    with pytest.raises(ConfigError, match="min_queries"):
+        psa.enable(wan, min_queries=-1)
 
 
 def test_density_schedule(wan):

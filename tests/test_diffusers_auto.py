@@ -1,28 +1,16 @@
 """The automatic mode in pipelines: choices kept over steps, apart for each pass and expert, reported and replayed."""
 
 import pytest
-import torch
-
-pytest.importorskip("diffusers")
 import tiny_checkpoints as tiny
+import torch
 from tiny_checkpoints import run
 from tiny_models import build
 
 import psa
 from psa.errors import ConfigError, PSAError
 
+pytestmark = pytest.mark.usefixtures("inference")
 AUTO = psa.PSAConfig(density=0.3, probe_every=2, probe_drift=1e9)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return tiny.make("wan21_1.3b")
 
 
 def rows(handle):

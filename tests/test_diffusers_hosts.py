@@ -4,33 +4,20 @@ import copy
 import io
 import pickle
 
-import pytest
-import torch
-
-pytest.importorskip("diffusers")
 import diffusers
+import pytest
 import tiny_checkpoints as tiny
+import torch
 from tiny_checkpoints import run, same
 from tiny_models import build
 
 import psa
 from psa.errors import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return tiny.make("wan21_1.3b")
-
-
-@pytest.fixture(scope="module")
-def cogvideo():
-    return tiny.make("cogvideo_5b")
+pytestmark = pytest.mark.usefixtures("inference")
+NO_TORCHAO = (
+    "diffusers 0.36, the oldest tested, cannot be imported beside torchao 0.18; `make test` lays it over the newest"
+)
 
 
 def test_second_enable_needs_replace_and_nests(wan):
@@ -147,10 +134,11 @@ def test_quantised_weights(kind, how):
     if how == "float8 storage":
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     elif how == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = pytest.importorskip("torchao.quantization", reason=NO_TORCHAO)
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     else:
-        quanto = pytest.importorskip("optimum.quanto")
+        from optimum import quanto
+
         quanto.quantize(model, weights=quanto.qint8)
         quanto.freeze(model)
     dense = run(pipe, steps=1)
@@ -190,9 +178,13 @@ def test_compiled_transformers_in_one_graph(name, how):
             assert handle.stats["sparse_calls"] > 0 and out.isfinite().all()
 
 
-def test_gradients_flow_through_an_enabled_model():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_flow_through_an_enabled_model(compiled):
     with torch.inference_mode(False):
+        torch._dynamo.reset()
         model, call = build("wan")
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager")
         call["hidden_states"] = call["hidden_states"].clone().requires_grad_()
         with psa.enable(model, density=1.0):
             model(**call, return_dict=False)[0].square().sum().backward()

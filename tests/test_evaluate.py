@@ -4,10 +4,6 @@ import json
 import shutil
 
 import pytest
-
-pytest.importorskip("transformers", minversion="4.57")
-pytest.importorskip("av")
-
 import tiny_lm
 from typer.testing import CliRunner
 

@@ -3,15 +3,14 @@
 import json
 
 import pytest
+import tiny_checkpoints as tiny
 
-pytest.importorskip("diffusers")
-av = pytest.importorskip("av")
-import tiny_checkpoints as tiny  # noqa: E402
+from psa.errors import PSAError
+from psa.generate import Event, GenerateRequest, generate, read_prompts
+from psa.presets import section
+from psa.video import read_video, write_video
 
-from psa.errors import PSAError  # noqa: E402
-from psa.generate import Event, GenerateRequest, generate, read_prompts  # noqa: E402
-from psa.presets import section  # noqa: E402
-from psa.video import read_video, write_video  # noqa: E402
+pytestmark = pytest.mark.usefixtures("short")
 
 
 def request(kind, folder, **changes):

@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("diffusers")
-pytest.importorskip("av")
 import tiny_checkpoints as tiny
 
 from psa.presets import get
 from psa.video import read_video
 
+pytestmark = pytest.mark.usefixtures("short")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "examples" / "inference"
 

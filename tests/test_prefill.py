@@ -4,11 +4,8 @@ import copy
 import inspect
 
 import pytest
-import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import tiny_lm
+import torch
 from prefill_cases import AUTO, EXACT, SPARSE, TOPK, close, logits, tokens
 from tiny_lm import text_model
 

@@ -17,7 +17,7 @@ from psa.errors import ConfigError
 from psa.models import name_of
 from psa.tiny import path
 from psa.tiny.autoencoder import train_autoencoder
-from psa.tiny.checker import matches, read
+from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
 from psa.tiny.train import WORDS, Run, Stage, Student, start_from
@@ -43,6 +43,15 @@ def test_captions_are_parsed_back(scene):
 def test_other_prompts_are_refused_with_the_grammar(prompt):
     with pytest.raises(ConfigError, match=r"red\|green"):
         parse(prompt)
+
+
+def test_things_are_named_from_left_to_right():
+    rng = random.Random(0)
+    for seed in range(20):
+        scene = sample_scene(rng, pairs=1)
+        owner = _colours(render(scene, 33, 128, 128, random.Random(seed)))
+        first, second = ((owner == list(HUES).index(thing.colour)).nonzero()[:, 2].float() for thing in scene.things)
+        assert first.mean() < second.mean(), scene
 
 
 def test_training_never_shows_what_is_held_out():
@@ -98,7 +107,7 @@ def test_checker_counts_things():
 
 # -- training --------------------------------------------------------------------------------------------------------
 
-STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4))
+STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4, density=0.5))
 
 
 def plain_run(folder, stages=STAGES):
@@ -199,7 +208,7 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
         scene = sample_scene(rng, held_out=True, pairs=0)
         size = {"width": 96, "height": 96, "frames": 17, "steps": 8}
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
-        with psa.enable(pipe, config=demo.rivals(0.15)["psa"]):
+        with psa.enable(pipe, config=demo.rivals(0.15)["psa"], min_queries=0):
             right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
     # A guess gets colour, shape and motion right once in 144.
     assert right["dense"]["colour"] >= 10 and right["dense"]["motion"] >= 8 and right["dense"]["all"] >= 4, right
@@ -220,16 +229,29 @@ def test_it_is_a_checkpoint_like_any_other(tmp_path):
             str(prompts),
             *small,
             "--compare",
+            "--min_queries",
+            "0",
             "--output_dir",
             str(tmp_path),
         ],
     )
     assert told.exit_code == 0, told.output
+    assert "it/s" not in told.stderr, "no bars of loading"
     for name in ("video_0000", "video_0001"):
         assert read_video(tmp_path / f"{name}.mp4").shape == (9, 64, 64, 3)
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["density"] <= 0.16 and record["compare"]["psnr"] > 10
     assert name_of(demo.load_pipeline()) == "tiny"
+
+
+def test_a_small_clip_stays_dense_and_says_so(tmp_path):
+    small = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "1", "--compare"]
+    prompt = ["--prompt", "a small red circle growing over waves"]
+    told = CliRunner().invoke(app, ["generate", "--model", "tiny", *prompt, *small, "--output_dir", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+    assert "calls of 320 tokens stay dense" in told.stderr
+    record = json.loads((tmp_path / "video_0000.json").read_text())
+    assert record["density"] == 1.0 and record["stats"]["sparse_calls"] == 0 and record["compare"]["psnr"] == 100
 
 
 def test_demo_shows_numbers_and_pictures(tmp_path):

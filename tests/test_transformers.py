@@ -4,11 +4,8 @@ import copy
 import inspect
 
 import pytest
-import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import tiny_lm
+import torch
 from prefill_cases import EXACT, SMALL, SPARSE, close, logits, tokens, watched
 from tiny_lm import text_model
 

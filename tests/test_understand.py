@@ -4,13 +4,8 @@ import json
 from importlib.metadata import version
 
 import pytest
-import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-pytest.importorskip("av")
-pytest.importorskip("PIL")
-
 import tiny_lm
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .config import MASK_MODES
+from .config import MASK_MODES, PSAConfig
 from .errors import ConfigError, ShapeError
 from .schedule import level_index
 from .values import MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
@@ -143,6 +143,15 @@ def allocate_levels(
             index = torch.where(index == DROPPED, index, torch.minimum(index, caps))
         index = apply_mask(index, mask)
     return levels_from(index)
+
+
+def allocate_by(
+    config: PSAConfig, importance: Tensor, cap: Tensor | None = None, mask: BlockMask | None = None
+) -> Tensor:
+    """:func:`allocate_levels` as ``config`` says."""
+    names = ("mask_ratios", "density", "block_n", "tau", "exponent", "rank_exponent", "keep_all", "share_heads")
+    settings = {name: getattr(config, name) for name in names}
+    return allocate_levels(importance, mask_mode=str(config.mask_mode), **settings, cap=cap, mask=mask)
 
 
 def levels_from(index: Tensor) -> Tensor:

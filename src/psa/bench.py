@@ -61,7 +61,7 @@ def verify(backend: str, dtype: torch.dtype, head_dim: int, is_causal: bool, dev
     Raises:
         PSAError: when it is above the dtype's tolerance; what is wrong is not timed.
     """
-    q, k, v = _inputs(1, 2, 777, head_dim, dtype, device, seed=1)
+    q, k, v = smooth_inputs(1, 2, 777, head_dim, dtype, device, seed=1)
     config = PSAConfig(mask_mode="proportional", density=0.3)
     plan = make_plan(q, k, config, is_causal=is_causal)
     out = attend(q, k, v, plan, is_causal=is_causal, backend=backend)
@@ -72,7 +72,7 @@ def verify(backend: str, dtype: torch.dtype, head_dim: int, is_causal: bool, dev
     return error
 
 
-def _inputs(
+def smooth_inputs(
     batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[Tensor]:
     """Smooth sequences, since with white noise nothing is worth averaging: a random walk of knots every 64 tokens."""
@@ -95,7 +95,7 @@ def bench(
     for head_dim in head_dims:
         errors = {backend: verify(backend, dtype, head_dim, is_causal, place) for backend in chosen}
         for length in lengths:
-            q, k, v = _inputs(batch, heads, length, head_dim, dtype, place, seed=0)
+            q, k, v = smooth_inputs(batch, heads, length, head_dim, dtype, place, seed=0)
             sdpa = torch.nn.functional.scaled_dot_product_attention
             dense = seconds(lambda: sdpa(q, k, v, is_causal=is_causal), repeats=repeats, device=place)  # noqa: B023
             for density in densities:
@@ -139,9 +139,9 @@ def write_rows(rows: Iterable[BenchRow], path: str | Path) -> None:
 
 def plot(rows: Iterable[BenchRow], path: str | Path) -> Path:
     """Speed-up over dense against length, one line for each head size and density."""
-    from .pictures import _pyplot, save
+    from .pictures import pyplot, save
 
-    figure, axes = _pyplot().subplots(figsize=(6.5, 4.2))
+    figure, axes = pyplot().subplots(figsize=(6.5, 4.2))
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         lines.setdefault(f"D={row.head_dim}, density {row.density:.2f}, {row.backend}", []).append(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, PSAError
-from .extras import need
+from .extras import need, quiet_loading
 from .models import VideoModel
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -133,7 +133,8 @@ class Checkpoint:
             raise PSAError(f"{self.source}: diffusers {diffusers.__version__} has no {name}")
         kinds = {"default": getattr(torch, dtype), "vae": torch.float32 if "Wan" in name else getattr(torch, dtype)}
         try:
-            return cls.from_pretrained(self.source, **{_dtype_argument(): kinds})
+            with quiet_loading("diffusers", "transformers"):
+                return cls.from_pretrained(self.source, **{_dtype_argument(): kinds})
         except (OSError, ValueError) as error:
             raise self.missing(error) from error
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from .commands import run_app
 from .commands.evaluate import evaluate
 from .commands.generate import generate_command as generate
+from .commands.progress import progress
 from .commands.understand import understand
 from .errors import PSAError
 
@@ -28,17 +29,6 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--attention_config", help="YAML file of presets; else $PSA_CONFIG, else ./configs/.")
 ]
 Density = Annotated[float | None, typer.Option("--density", help="Share of dense attention's work to keep, in (0, 1].")]
-
-
-def progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def print_json(document: Any) -> None:
@@ -85,7 +75,8 @@ def list_presets(
     sections = [presets.section(model, attention_config)] if model else list(presets.load(attention_config).values())
     if as_json:
         described = {
-            s.name: {n: {**c.to_dict(), "density": presets.explain(c)} for n, c in s.presets.items()} for s in sections
+            s.name: {n: {**c.to_dict(), "explained": presets.explain(c)} for n, c in s.presets.items()}
+            for s in sections
         }
         return print_json(described)
     for section in sections:
@@ -174,14 +165,14 @@ def inspect(
 
 @app.command()
 def bench(
-    lengths: Annotated[list[int], typer.Option("--length")] = [4096, 16384],  # noqa: B006
-    head_dims: Annotated[list[int], typer.Option("--head_dim")] = [64, 128],  # noqa: B006
+    lengths: Annotated[list[int], typer.Option("--length", min=1)] = [4096, 16384],  # noqa: B006
+    head_dims: Annotated[list[int], typer.Option("--head_dim", min=1)] = [64, 128],  # noqa: B006
     densities: Annotated[list[float], typer.Option("--density")] = [0.15],  # noqa: B006
     backends: Annotated[list[str], typer.Option("--backend")] = ["auto"],  # noqa: B006
-    heads: Annotated[int, typer.Option("--heads")] = 4,
+    heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     causal: Annotated[bool, typer.Option("--causal")] = False,
-    repeats: Annotated[int, typer.Option("--repeats")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", help="Append rows to this .jsonl file; a plot goes beside it.")
     ] = None,
@@ -200,7 +191,7 @@ def bench(
         Table("backend", "L", "D", "density", "dense s", "plan s", "attend s", "total s", "speed-up", "of ideal"),
     )
     cases = len(lengths) * len(head_dims) * len(densities) * len(backends)
-    with progress_bar() as bar:
+    with progress() as bar:
         task = bar.add_task("verifying", total=cases)
         found = room.bench(
             lengths,
@@ -253,7 +244,7 @@ def demo(
     from . import demo as room
     from .tiny.scenes import GRAMMAR
 
-    with progress_bar() as bar:
+    with progress() as bar:
         tasks = {name: bar.add_task(name, total=room.STEPS) for name in ("dense", "psa")}
         result = room.run(
             prompt or room.PROMPT, output_dir, density=density, seed=seed,
@@ -277,14 +268,8 @@ app.add_typer(evaluate, name="evaluate")
 
 
 def main() -> None:
-    """Entry point: a PSAError is one line on stderr and exit code 2."""
-    try:
-        app()
-    except PSAError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Entry point of `psa`."""
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .extras import need
 
 CLIP = Path(__file__).parent / "data" / "clip.mp4"
@@ -26,7 +26,7 @@ def read_frames(path: str | Path = CLIP, count: int = 16, size: tuple[int, int] 
         with av.open(str(path)) as container:
             frames = [frame for frame in container.decode(video=0)]
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise PSAError(f"{path}: cannot be read as a video ({error})") from error
+        raise PSAError(f"{path}: cannot be read as a video ({one_line(error)})") from error
     if len(frames) < count:
         raise PSAError(f"{path}: {len(frames)} frames, {count} are needed")
     picked = [frames[int(i * len(frames) / count)] for i in range(count)]

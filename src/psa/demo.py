@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tiny
+from .checkpoint import Checkpoint
 from .config import PUBLISHED_RATIOS, PSAConfig
 from .errors import PSAError
 from .extras import need
@@ -59,25 +60,9 @@ def rivals(density: float) -> dict[str, PSAConfig]:
     }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of loading, which here takes a second."""
-    loggers = [need(f"{name}.utils.logging", "diffusers") for name in ("diffusers", "transformers")]
-    before = [logger.is_progress_bar_enabled() for logger in loggers]
-    for logger in loggers:
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, enabled in zip(loggers, before, strict=True):
-            if enabled:
-                logger.enable_progress_bar()
-
-
 def load_pipeline(folder: str | Path | None = None) -> Any:
     """The tiny model as a diffusers pipeline, or another checkpoint of its kind."""
-    with _quiet():
-        pipe = need("diffusers", "diffusers").WanPipeline.from_pretrained(str(folder or tiny.path()))
+    pipe = Checkpoint(str(folder or tiny.path())).load("float32", image=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -154,7 +139,9 @@ def run(
 
     scene, config = parse(prompt), rivals(density)["psa"]
     need("matplotlib", "report")
-    folder, pipe = Path(output_dir), load_pipeline()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline()
     _warm_up(config)
     blocks = len(pipe.transformer.blocks)
     middle = 2 * blocks * (steps // 2) + blocks // 2  # a middle layer at the middle step, of the pass with text
@@ -167,10 +154,9 @@ def run(
         sparse = make_video(pipe, str(scene), seed, steps, partial(on_step, "psa"))
         seconds_psa, stats = time.perf_counter() - began, handle.stats
     alike = likeness(dense, sparse)
-    folder.mkdir(parents=True, exist_ok=True)
     both = np.concatenate((dense, sparse), axis=2).repeat(3, axis=1).repeat(3, axis=2)
     write_video(folder / "demo.mp4", both, FPS)
-    _draw(folder / "demo.png", dense, sparse, kept[0], config)
+    _draw(folder / "demo.png", dense, sparse, kept[0], config, str(scene))
     result = DemoResult(
         str(scene), kept[0][0].shape[2], stats["overall_density"], seconds_dense, seconds_psa,
         seconds_dense / seconds_psa, alike["psnr"], alike["ssim"],
@@ -188,14 +174,14 @@ def _warm_up(config: PSAConfig) -> None:
 
 
 def _draw(
-    path: Path, dense: np.ndarray, sparse: np.ndarray, qkv: tuple[Tensor, Tensor, Tensor], config: PSAConfig
+    path: Path, dense: np.ndarray, sparse: np.ndarray, qkv: tuple[Tensor, Tensor, Tensor], config: PSAConfig, title: str
 ) -> None:
     q, k, v = qkv
     grid = (1 + (FRAMES - 1) // 2, HEIGHT // 8, WIDTH // 8)
     if q.shape[2] != grid[0] * grid[1] * grid[2]:
         raise PSAError(f"demo: {q.shape[2]} tokens, expected a grid of {grid}")
     plan = make_plan(q[:1], k[:1], config, v=v[:1], grid=grid)
-    demo_picture(path, dense, sparse, plan, grid)
+    demo_picture(path, dense, sparse, plan, grid, title)
 
 
 def _write(result: DemoResult, stats: dict[str, Any]) -> None:

@@ -20,9 +20,13 @@ class BackendError(PSAError, RuntimeError):
     """A backend that was asked for by name and cannot serve the call."""
 
 
+class PSAWarning(UserWarning):
+    """What psa does other than the caller may expect, such as calls that stay dense."""
+
+
 def one_line(error: object, limit: int = 200) -> str:
     """What another library's error says, on one line: whole sentences of at most ``limit`` characters, else words."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     if len(text) <= limit:
         return text.rstrip(".")
     head = text[: limit + 1]

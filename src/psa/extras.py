@@ -1,6 +1,8 @@
 """Optional packages, imported when first needed, with an error that names the extra to install."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 from .errors import PSAError
@@ -15,3 +17,17 @@ def need(module: str, extra: str) -> ModuleType:
         raise PSAError(
             f"{package} is needed for this ({error}); install it with: pip install 'pyramid-sparse-attention[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_loading(*libraries: str) -> Iterator[None]:
+    """Without the bars that diffusers or transformers draw for every part they load; warnings and downloads show."""
+    loggers = [importlib.import_module(f"{library}.utils.logging") for library in libraries]
+    enabled = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in enabled:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in enabled:
+            logger.enable_progress_bar()

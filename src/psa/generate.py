@@ -5,7 +5,7 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from .checkpoint import lora_file
 from .config import PSAConfig
-from .errors import PSAError
+from .errors import PSAError, PSAWarning
 from .records import (
     finished,
     identity,
@@ -168,10 +168,11 @@ def _run(
     from .integrations import enable
 
     count = len(request.prompts)
-    with contextlib.ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_noting(notes))
         handle = (
-            stack.enter_context(enable(pipe, config=config, replace=True))
+            stack.enter_context(enable(pipe, config=config, min_queries=request.min_queries, replace=True))
             if config is not None and config.type == "psa"
             else None
         )
@@ -187,17 +188,34 @@ def _run(
         output = pipe(**_arguments(pipe, request, index, on_step))
         seconds = time.perf_counter() - began
         stats = handle.stats if handle else None
-    for note in dict.fromkeys(str(w.message) for w in caught if "PSA never ran" in str(w.message)):
+    for note in dict.fromkeys(notes):
         tell(Event("advice", index, count, note))
     if not hasattr(output, "frames"):
         raise PSAError(f"{type(pipe).__name__} makes no video")
     measured = {
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
-        "density": stats["density"] if stats else 1.0,
+        "density": stats["density"] or 1.0 if stats else 1.0,
         "stats": stats,
     }
     return to_uint8(output.frames[0]), measured
+
+
+@contextlib.contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    """Collects the warnings of psa, which are shown as notes; those of others show as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PSAWarning)
+        show = warnings.showwarning
+
+        def note(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, PSAWarning):
+                notes.append(str(message))
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = note
+        yield
 
 
 def _arguments(pipe: Any, request: GenerateRequest, index: int, on_step: Any) -> dict[str, Any]:

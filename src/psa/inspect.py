@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .clips import clip_qkv, read_frames
 from .config import PSAConfig
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .functional import attend, make_plan
 from .measure import cosine, relative_error
 from .pictures import level_matrices
@@ -48,7 +48,7 @@ def load_qkv(path: str | Path, prefix: str = "") -> tuple[Tensor, Tensor, Tensor
     """
     path = Path(path)
     if not path.is_file():
-        raise PSAError(f"{path}: no such file")
+        raise PSAError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.suffix != ".safetensors":
         return clip_qkv(read_frames(path))
     import json
@@ -67,7 +67,7 @@ def load_qkv(path: str | Path, prefix: str = "") -> tuple[Tensor, Tensor, Tensor
             q, k, v = (file.get_tensor(name) for name in wanted)
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise PSAError(f"{path}: not a safetensors file ({error})") from error
+        raise PSAError(f"{path}: not a safetensors file ({one_line(error)})") from error
     try:
         grid = json.loads(facts[lead])["grid_thw"] if lead in facts else json.loads(facts.get("grid_thw", "null"))
     except (json.JSONDecodeError, KeyError, TypeError):

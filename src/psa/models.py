@@ -14,7 +14,6 @@ class VideoModel:
 
     Attributes:
         hub_id: on the Hugging Face Hub; a folder for the bundled model.
-        family: ``"wan"`` or ``"cogvideox"``: which sizes and frames the model takes.
         width, height, num_frames, fps: of the video by default.
         guidance_2: of the low-noise expert, where there are two.
         flow_shift: of the flow-matching scheduler; None keeps the checkpoint's.
@@ -25,7 +24,6 @@ class VideoModel:
     """
 
     hub_id: str
-    family: str
     width: int
     height: int
     num_frames: int
@@ -44,29 +42,29 @@ BLADE = ("GYP666/BLADE", "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors
 
 MODELS = {
     "tiny": VideoModel(
-        str(tiny.path()), "wan", 128, 128, 33, steps=8, guidance=4.0, fps=12, multiple=16, frame_step=2
+        str(tiny.path()), 128, 128, 33, steps=8, guidance=4.0, fps=12, multiple=16, frame_step=2
     ),
-    "wan21_1.3b": VideoModel("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan", 1280, 720, 69, flow_shift=5.0),
+    "wan21_1.3b": VideoModel("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1280, 720, 69, flow_shift=5.0),
     "wan21_14b": VideoModel(
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", 1280, 720, 69, flow_shift=5.0,
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers", 1280, 720, 69, flow_shift=5.0,
         image="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
     ),
     "wan22_5b": VideoModel(
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan", 1280, 704, 121, fps=24, multiple=32,
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 1280, 704, 121, fps=24, multiple=32,
         image="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     ),
     "wan22_a14b": VideoModel(
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan", 1280, 768, 69, steps=40, guidance=4.0, guidance_2=3.0,
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 1280, 768, 69, steps=40, guidance=4.0, guidance_2=3.0,
         image="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     ),
     "cogvideo1.5_5b": VideoModel(
-        "zai-org/CogVideoX1.5-5B", "cogvideox", 1360, 768, 81, guidance=6.0, image="zai-org/CogVideoX1.5-5B-I2V"
+        "zai-org/CogVideoX1.5-5B", 1360, 768, 81, guidance=6.0, image="zai-org/CogVideoX1.5-5B-I2V"
     ),
     "cogvideo_5b": VideoModel(
-        "zai-org/CogVideoX-5b", "cogvideox", 720, 480, 49, guidance=6.0, fps=8, image="zai-org/CogVideoX-5b-I2V"
+        "zai-org/CogVideoX-5b", 720, 480, 49, guidance=6.0, fps=8, image="zai-org/CogVideoX-5b-I2V"
     ),
     "cogvideo_5b_lora": VideoModel(
-        "zai-org/CogVideoX-5b", "cogvideox", 720, 480, 49, steps=4, guidance=1.0, fps=8, lora=BLADE
+        "zai-org/CogVideoX-5b", 720, 480, 49, steps=4, guidance=1.0, fps=8, lora=BLADE
     ),
 }  # fmt: skip
 

@@ -46,5 +46,6 @@ class PSAAttention(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        amount = f"density={c.density}" if c.density is not None else f"mask_ratios={c.mask_ratios}"
+        names = ("density", "target_error", "tau", "mask_ratios")
+        amount = next(f"{name}={getattr(c, name)}" for name in names if getattr(c, name) is not None)
         return f"{c.mask_mode}, {amount}, blocks {c.block_m}×{c.block_n}"

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .allocate import allocate_levels, block_mask, similarity_cap
+from .allocate import allocate_by, block_mask, similarity_cap
 from .auto import Layer, select_auto, slope_shares
 from .backends import choose, planner
 from .backends.base import Selection
@@ -96,20 +96,7 @@ def select(
     levels = (
         device.plan_levels(q, k, config, scored, caps=cap, **where)
         if device is not None
-        else allocate_levels(
-            scored,
-            mask_mode=str(config.mask_mode),
-            mask_ratios=config.mask_ratios,
-            density=config.density,
-            block_n=config.block_n,
-            tau=config.tau,
-            exponent=config.exponent,
-            rank_exponent=config.rank_exponent,
-            keep_all=config.keep_all,
-            share_heads=config.share_heads,
-            cap=cap,
-            mask=mask,
-        )
+        else allocate_by(config, scored, cap, mask)
     )
     power, caps = none, none.clone()
     if config.bias == "variance":

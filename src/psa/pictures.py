@@ -1,6 +1,6 @@
 """Pictures of what was kept and of what it cost (matplotlib, extra ``report``)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .values import MAX_LEVEL
 SKIPPED = "#2b2b2b"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     matplotlib = need("matplotlib", "report")
     matplotlib.use("Agg")
     return need("matplotlib.pyplot", "report")
@@ -26,7 +26,7 @@ def save(figure: Any, path: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial{target.suffix}")
     figure.savefig(partial, dpi=130, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot().close(figure)
     partial.replace(target)
     return target
 
@@ -35,7 +35,7 @@ def level_colours(top: int) -> tuple[Any, Any, list[str]]:
     """Colours for skipped, 1, 2, 4, … ``top``: (colormap, norm, labels); values are log2(level), -1 for skipped."""
     colors = need("matplotlib.colors", "report")
     count = top.bit_length()
-    ramp = _pyplot().get_cmap("viridis_r")
+    ramp = pyplot().get_cmap("viridis_r")
     shades = [SKIPPED, *(ramp(i / max(1, count - 1)) for i in range(count))]
     bounds = [i - 1.5 for i in range(count + 2)]
     return (
@@ -69,8 +69,11 @@ def _row(order: Tensor, batch: int, head: int) -> Tensor:
 
 
 def _colour_bar(figure: Any, axes: Any, image: Any, labels: Sequence[str]) -> None:
-    bar = figure.colorbar(image, ax=axes, ticks=range(-1, len(labels) - 1), fraction=0.03, pad=0.02)
+    """The key to a level map, drawn in ``axes``, or beside them where they are several."""
+    place = {"ax": axes, "fraction": 0.03, "pad": 0.02} if isinstance(axes, list) else {"cax": axes}
+    bar = figure.colorbar(image, ticks=range(-1, len(labels) - 1), **place)
     bar.ax.set_yticklabels(labels)
+    bar.ax.tick_params(length=0)
     bar.set_label("level (tokens averaged)")
 
 
@@ -89,77 +92,78 @@ def draw_level_matrix(axes: Any, plan: Plan, head: int = 0, batch: int = 0) -> t
 def level_matrices(plan: Plan, path: str | Path, heads: int = 4) -> Path:
     """The level maps of the first heads, side by side."""
     count = min(heads, plan.levels.shape[1])
-    figure, axes = _pyplot().subplots(1, count, figsize=(4.2 * count, 4.0), squeeze=False, constrained_layout=True)
+    figure, axes = pyplot().subplots(1, count, figsize=(4.2 * count, 4.0), squeeze=False, constrained_layout=True)
     for head in range(count):
         image, labels = draw_level_matrix(axes[0, head], plan, head)
     _colour_bar(figure, axes[0].tolist(), image, labels)
     return save(figure, path)
 
 
-def draw_level_frames(
-    axes: Sequence[Any], plan: Plan, frames: Tensor, grid: tuple[int, int, int], token: int, head: int
-) -> Any:
-    """What one query token (a red mark) reads, drawn over frames: bright = in full, dark = coarse or skipped."""
-    levels = exponents(token_levels(plan, token, head)[: grid[0] * grid[1] * grid[2]]).view(grid)
+def draw_reading(
+    axes: Any, plan: Plan, frame: Any, time: int, grid: tuple[int, int, int], token: int, head: int
+) -> None:
+    """At which level one query token (a white cross, in its own frame) reads the tokens of frame ``time`` of the grid.
+
+    frame: uint8 [height, width, 3], drawn in grey below the levels' colours.
+    """
+    levels = exponents(token_levels(plan, token, head)[: grid[0] * grid[1] * grid[2]]).view(grid)[time]
+    cmap, norm, _ = level_colours(min(plan.block_n, MAX_LEVEL))
+    height, width = frame.shape[:2]
+    where = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+    axes.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=255, **where)
+    axes.imshow(levels.cpu().numpy(), cmap=cmap, norm=norm, alpha=0.65, **where)
+    if time == token // (grid[1] * grid[2]):
+        row, column = token // grid[2] % grid[1], token % grid[2]
+        place = ((column + 0.5) * width / grid[2], (row + 0.5) * height / grid[1])
+        axes.plot(*place, "k+", markersize=13, markeredgewidth=4.5)
+        axes.plot(*place, "w+", markersize=12, markeredgewidth=2)
+
+
+def draw_work(axes: Any, plan: Plan) -> None:
+    """The share of dense attention's work that each level took, as bars in the levels' colours."""
     cmap, norm, labels = level_colours(min(plan.block_n, MAX_LEVEL))
-    t, h, w = token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]
-    height, width = frames.shape[1:3]
-    for axis, time in zip(axes, torch.linspace(0, grid[0] - 1, len(axes)).round().int().tolist(), strict=True):
-        axis.imshow(frames[time * frames.shape[0] // grid[0]].numpy(), extent=(0, width, height, 0))
-        image = axis.imshow(
-            levels[time].cpu().numpy(),
-            cmap=cmap,
-            norm=norm,
-            alpha=0.6,
-            extent=(0, width, height, 0),
-            interpolation="nearest",
-        )
-        axis.set_title(f"frame {time}" + (" (query's)" if time == t else ""), fontsize=9)
-        axis.set_axis_off()
-        if time == t:
-            axis.plot(
-                (w + 0.5) * width / grid[2], (h + 0.5) * height / grid[1], "r+", markersize=14, markeredgewidth=2.5
-            )
-    return image, labels
+    shares = plan.histogram()
+    work = [100 * shares.get(1 << e, 0.0) / (1 << e) for e in range(len(labels) - 1)]
+    axes.bar(labels[1:], work, color=[cmap(norm(e)) for e in range(len(work))])
+    axes.set(xlabel="level (tokens averaged)", ylabel="% of dense work", title="where the work went")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
-    """Named lines of (x, y) on a logarithmic y axis."""
-    styles = ["o-", "s--", "^-.", "d:", "v-", "x--"]
-    for style, (name, points) in zip(styles * 3, curves.items(), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), style, label=name, linewidth=1.8, markersize=5)
-    axes.set_yscale("log")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-
-
-def demo_picture(path: str | Path, dense: Any, sparse: Any, plan: Plan, grid: tuple[int, int, int]) -> Path:
+def demo_picture(
+    path: str | Path, dense: Any, sparse: Any, plan: Plan, grid: tuple[int, int, int], title: str = ""
+) -> Path:
     """The demo's page: frames of both clips (uint8 ``[frames, height, width, 3]``) and their difference, what the token
-    of the first frame's most colourful spot reads in those frames, and one head's level map."""
-    figure = _pyplot().figure(figsize=(13.5, 9.2), constrained_layout=True)
-    columns, last = 6, len(dense) - 1
-    cells = figure.add_gridspec(4, columns + 3)
+    of the first frame's most colourful spot reads in those frames, one head's level map, and where the work went."""
+    columns, last, cell, gap, left, top = 6, len(dense) - 1, 1.4, 0.07, 0.3, 0.7
+    tall = cell * dense.shape[1] / dense.shape[2]
+    wide, high = columns * (cell + gap) - gap, 4 * (tall + gap) - gap
+    size = (left + wide + 5.1, top + high + 0.5)
     shown = [round(i * last / (columns - 1)) for i in range(columns)]
     apart = abs(dense.astype("float32") - sparse.astype("float32")).mean(-1)
-    rows = [("dense", dense, {}), ("PSA", sparse, {}), ("difference", apart, {"cmap": "magma", "vmin": 0, "vmax": 64})]
-    for row, (name, frames, style) in enumerate(rows):
-        for column, frame in enumerate(shown):
-            axes = figure.add_subplot(cells[row, column])
-            axes.imshow(frames[frame], **style)
-            axes.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
-            if row == 0:
-                axes.set_title(f"frame {frame}", fontsize=9)
     colour = torch.from_numpy(dense[0]).float().amax(-1) - torch.from_numpy(dense[0]).float().amin(-1)
-    spots = torch.nn.functional.adaptive_avg_pool2d(colour[None], grid[1:])[0]
-    tops = [figure.add_subplot(cells[3, column]) for column in range(columns)]
-    draw_level_frames(tops, plan, torch.from_numpy(dense), grid, int(spots.argmax()), head=0)
-    tops[0].set_title("what + reads", fontsize=9)
-    image, labels = draw_level_matrix(axes := figure.add_subplot(cells[:2, columns:]), plan)
-    _colour_bar(figure, axes, image, labels)
-    shares = figure.add_subplot(cells[2:, columns:])
-    work = {level: share / max(level, 1) for level, share in plan.histogram().items() if level}
-    shares.bar([str(level) for level in work], [value * 100 for value in work.values()], color="#3b528b")
-    shares.set(xlabel="level (tokens averaged)", ylabel="% of dense attention's work", title="where the compute went")
-    return save(figure, path)
+    token = int(torch.nn.functional.adaptive_avg_pool2d(colour[None], grid[1:]).argmax())
+    with pyplot().rc_context({"font.size": 9, "axes.titlesize": 10}):
+        figure = pyplot().figure(figsize=size)
+
+        def panel(x: float, y: float, width: float, height: float) -> Any:
+            """Axes at a place given in inches from the top left corner."""
+            box = (x / size[0], 1 - (y + height) / size[1], width / size[0], height / size[1])
+            return figure.add_axes(box)
+
+        for row, name in enumerate(("dense", "PSA", "difference", "what + reads")):
+            for column, frame in enumerate(shown):
+                axes = panel(left + column * (cell + gap), top + row * (tall + gap), cell, tall)
+                if row < 2:
+                    axes.imshow((dense, sparse)[row][frame])
+                elif row == 2:
+                    axes.imshow(apart[frame], cmap="magma", vmin=0, vmax=64)
+                else:
+                    draw_reading(axes, plan, dense[frame], round(frame * (grid[0] - 1) / last), grid, token, head=0)
+                axes.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
+                axes.set_title(f"frame {frame}" if row == 0 else "")
+        right, half = left + wide + 0.65, high / 2
+        image, labels = draw_level_matrix(panel(right, top, 3.5, half - 0.4), plan)
+        _colour_bar(figure, panel(right + 3.6, top, 0.14, half - 0.4), image, labels)
+        draw_work(panel(right, top + half + 0.4, 3.5, half - 0.4), plan)
+        figure.text(left / size[0], 1 - 0.25 / size[1], title, fontsize=12, va="center")
+        return save(figure, path)

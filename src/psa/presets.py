@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from .allocate import allocate_levels
+from .allocate import allocate_by
 from .config import PSAConfig
 from .errors import ConfigError
 from .values import nearest
@@ -127,17 +127,7 @@ def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float]:
         if config.type == "dense":
             out[name] = 1.0
             continue
-        levels = allocate_levels(
-            row.expand(1, 1, 8, blocks),
-            mask_mode=str(config.mask_mode),
-            mask_ratios=config.mask_ratios,
-            density=config.density,
-            tau=config.tau,
-            exponent=config.exponent,
-            rank_exponent=config.rank_exponent,
-            keep_all=config.keep_all,
-            block_n=config.block_n,
-        ).float()
+        levels = allocate_by(config, row.expand(1, 1, 8, blocks)).float()
         out[name] = float(torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0).mean())
     return out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import presets
 from .checkpoint import Checkpoint, lora_file
 from .config import PSAConfig, nearest
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .functional import resolve_config
 from .models import MODELS, VideoModel
 
@@ -26,6 +26,7 @@ class GenerateRequest:
         image: first frame, for image-to-video.
         model_path: folder or hub id to take a known model's weights from.
         preset, attention_config, density, warmup_steps: see :func:`psa.enable`; ``dense`` turns PSA off.
+        min_queries: videos of no more tokens stay dense, see :func:`psa.enable`.
         seed: of the first video; the i-th takes ``seed + i``.
         output_dir: videos go right there, and a second run resumes; None makes ``outputs/{model}/{timestamp}``.
         offload: None, ``"model"`` or ``"sequential"``: keep weights on the CPU until needed.
@@ -43,6 +44,7 @@ class GenerateRequest:
     attention_config: str | None = None
     density: float | None = None
     warmup_steps: int | None = None
+    min_queries: int | None = None
     dense: bool = False
     width: int | None = None
     height: int | None = None
@@ -108,7 +110,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt_file: {path}: cannot be read ({error}); expected {PROMPT_LINES}") from error
+        raise ConfigError(
+            f"prompt_file: {path}: cannot be read ({one_line(error)}); expected {PROMPT_LINES}"
+        ) from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(f"prompt_file: {path}: empty; expected {PROMPT_LINES}")

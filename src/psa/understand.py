@@ -15,7 +15,7 @@ from torch import Tensor
 from . import media
 from .config import PSAConfig
 from .errors import PSAError, one_line
-from .extras import need
+from .extras import need, quiet_loading
 from .integrations.transformers import choose_config, enable_model
 from .visual_inputs import Preparer, Vision
 
@@ -201,7 +201,8 @@ def load(name: str, *, config: Any = None, dtype: str = "auto", device: str | No
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     placed = {} if device == "cpu" else {"device_map": device}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind, **placed)
+        with quiet_loading("transformers"):
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind, **placed)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise PSAError(f"{name}: its weights cannot be loaded ({one_line(error)})") from error
     return Loaded(name, model.eval(), prepare)

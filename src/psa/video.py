@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import PSAError
+from .errors import PSAError, one_line
 from .extras import need
 
 
@@ -31,7 +31,7 @@ def read_video(path: Path) -> np.ndarray:
         with av.open(str(path)) as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise PSAError(f"{path}: cannot be read as a video ({error})") from error
+        raise PSAError(f"{path}: cannot be read as a video ({one_line(error)})") from error
 
 
 def to_uint8(frames: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import PSAError
-from .understand import progress
+from .progress import progress
 
 evaluate = typer.Typer(no_args_is_help=True, help="Benchmarks, for those who have the data and the weights.")
 out = Console()

@@ -1,19 +1,27 @@
 """`psa generate`, and the scripts under examples/inference that call it with the published flags."""
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from ..errors import ConfigError, PSAError
+from ..errors import ConfigError
 from ..generate import Event, GenerateRequest, Result, generate, read_prompts
+from . import run_app
+from .progress import progress
 
 console = Console(stderr=True, soft_wrap=True)
 Option = typer.Option
+WORDS = {
+    "load": "loading",
+    "skip": "finished before:",
+    "done": "wrote",
+    "fail": "[red]failed[/red]",
+    "advice": "[yellow]note[/yellow]",
+}
 MODEL = "A known model (see examples/README.md), a checkpoint folder, or a hub id."
 
 
@@ -35,6 +43,7 @@ def generate_command(
     density: Annotated[float | None, Option("--density", help="Share of dense attention's work, in (0, 1].")] = None,
     no_warmup: Annotated[bool, Option("--no_warmup", help="No dense first steps.")] = False,
     warmup_steps: Annotated[int | None, Option("--warmup_steps", min=0, help="Dense first steps.")] = None,
+    min_queries: Annotated[int | None, Option("--min_queries", min=0, help="Up to so many tokens stay dense.")] = None,
     width: Annotated[int | None, Option("--width")] = None,
     height: Annotated[int | None, Option("--height")] = None,
     num_frames: Annotated[int | None, Option("--num_frames")] = None,
@@ -100,9 +109,7 @@ class ProgressView:
     """Shows the events of :func:`psa.generate.generate`: step, s/it, density so far, ETA, peak memory."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                   TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        self.bar = Progress(*columns, console=console, transient=True)
+        self.bar = progress(TextColumn("{task.fields[facts]}"), console=console)
         self.task: Any = None
 
     def __enter__(self) -> "ProgressView":
@@ -123,17 +130,11 @@ class ProgressView:
             if event.peak_bytes:
                 facts += f"  {event.peak_bytes / 2**30:.1f} GiB"
             self.bar.update(self.task, completed=event.step, total=event.steps or None, facts=facts)
-        else:
-            self._close()
-            words = {
-                "load": "loading",
-                "skip": "finished before:",
-                "done": "wrote",
-                "fail": "[red]failed[/red]",
-                "advice": "[yellow]note[/yellow]",
-            }
+        elif event.kind in WORDS:
+            if event.kind != "advice":
+                self._close()
             where = f" {event.index + 1}/{event.count}" if event.kind == "fail" else ""
-            console.print(f"{words[event.kind]}{where}", end=" ")
+            console.print(f"{WORDS[event.kind]}{where}", end=" ")
             console.print(event.text, markup=False, highlight=False)
 
     def _close(self) -> None:
@@ -149,7 +150,8 @@ def report(results: list[Result], verbose: bool) -> None:
             facts = result.record
             line = f"{result.path}  {facts.get('seconds', 0):.1f} s  density {facts.get('density') or 1:.3f}"
             if compared := facts.get("compare"):
-                line += "".join(f"  {name} {value:.3f}" for name, value in compared.items())
+                likeness = (f"  {name} {compared[name]:.3f}" for name in ("psnr", "ssim", "lpips") if name in compared)
+                line += f"  dense {compared['seconds_dense']:.1f} s, {compared['speedup']:.2f}×" + "".join(likeness)
             console.print(line, markup=False, highlight=False)
             if verbose and facts.get("stats"):
                 console.print({name: part["layers"] for name, part in facts["stats"]["models"].items()})
@@ -187,8 +189,4 @@ def script(models: tuple[str, ...], configs: dict[str, dict[str, Any]] | None = 
         context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
     )
     app.command()(command)
-    try:
-        app()
-    except PSAError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(2)
+    run_app(app)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from .progress import progress
 
 if TYPE_CHECKING:
     from ..understand import Answer, Comparison
@@ -54,6 +55,8 @@ def understand(
     sparse = {"preset": preset, "density": density, "attention_config": str(attention_config or "") or None}
     room.check_settings(use_psa=use_psa or compare, **sparse)
     checked = room.check_model(model)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 
@@ -90,17 +93,11 @@ def understand(
         "agreement": asdict(agreement) if agreement else None,
     }
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     else:
         _show(answers, agreement)
-
-
-def progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _show(answers: "list[Answer]", agreement: "Comparison | None") -> None:

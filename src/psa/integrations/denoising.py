@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..config import PSAConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, PSAWarning
 
+SHORT = 1536
+"""Tokens up to which the automatic mode's choosing costs what it saves, or more: benchmarks/short.py."""
 DensitySchedule = Callable[[int, int], float | None] | Sequence[float | None]
 NEAR = 0.02
 """Share of the largest timestep by which a call's timestep may differ from the scheduler's, e.g. by rounding."""
@@ -31,6 +33,7 @@ class Schedule:
         warmup_steps, dense_last_steps: first and last steps that stay dense.
         dense_layers: layers that always stay dense.
         density: of each step (None = dense): a function of (step, steps), or a list that is stretched over the steps.
+        min_queries: calls with no more tokens than this stay dense; None: :data:`SHORT` in the automatic mode, else 0.
     """
 
     config: PSAConfig
@@ -38,6 +41,7 @@ class Schedule:
     dense_last_steps: int = 0
     dense_layers: frozenset[int] = frozenset()
     density: DensitySchedule | None = None
+    min_queries: int | None = None
 
     def at(self, step: int, steps: int | None, layer: int) -> PSAConfig | None:
         """The settings of a layer at a step; None means dense.
@@ -64,11 +68,18 @@ class Schedule:
             density = self.density[min(step, steps - 1) * len(self.density) // steps]
         return None if density is None else self.config.replace(density=density)
 
+    def longest_dense(self, config: PSAConfig) -> int:
+        """The number of tokens up to which calls with these settings stay dense."""
+        if self.min_queries is not None:
+            return self.min_queries
+        return SHORT if config.mask_mode == "auto" else 0
+
     def warn_if_never_sparse(self, steps: int | None) -> None:
         if self.config.type == "psa" and steps is not None and steps <= self.warmup_steps + self.dense_last_steps:
             warnings.warn(
                 f"PSA never ran: all {steps} steps are dense (warmup_steps={self.warmup_steps}, "
                 f"dense_last_steps={self.dense_last_steps}); take more steps, or warmup_steps=0 (--no_warmup)",
+                PSAWarning,
                 stacklevel=2,
             )
 

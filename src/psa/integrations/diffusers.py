@@ -42,6 +42,7 @@ def enable_model(
     dense_first_frames: int = 0,
     dense_last_frames: int = 0,
     density_schedule: DensitySchedule | None = None,
+    min_queries: int | None = None,
     text_position: str | None = None,
     layout: Layout | None = None,
     attention_config: str | None = None,
@@ -59,6 +60,8 @@ def enable_model(
         dense_layers: layer indices (negative from the end) that stay dense.
         dense_first_frames, dense_last_frames: latent frames that read and are read in full.
         density_schedule: density of each step: a function of (step, steps) or a list stretched over the steps.
+        min_queries: calls with no more tokens than this stay dense. Default: 1536 in the automatic mode, where shorter
+            sequences cost more to choose for than attention itself; else 0. Not under context parallelism.
         text_position: ``"first"`` or ``"last"``, for models that psa does not know.
         layout: how the tokens are made up, instead of reading it from the model.
         attention_config: a presets file laid over the built-in one.
@@ -84,7 +87,7 @@ def enable_model(
         dense_first_frames=dense_first_frames, dense_last_frames=dense_last_frames, dense_last_steps=dense_last_steps
     )
     warmup = settings.warmup_steps if warmup_steps is None else warmup_steps
-    _check(warmup_steps=warmup)
+    _check(warmup_steps=warmup, min_queries=0 if min_queries is None else min_queries)
     if text_position not in (None, "first", "last", "none"):
         raise ConfigError(f"text_position: {text_position!r} is none of 'first', 'last', 'none'")
     pipeline = weakref.ref(target) if isinstance(target, DiffusionPipeline) else None
@@ -92,7 +95,8 @@ def enable_model(
     sessions = {}
     for name, model in found.items():
         names = [layer for layer, _ in layers(unwrap(model))]
-        schedule = Schedule(settings, warmup, dense_last_steps, _indices(dense_layers, names), density_schedule)
+        dense = _indices(dense_layers, names)
+        schedule = Schedule(settings, warmup, dense_last_steps, dense, density_schedule, min_queries)
         _check_schedule(schedule)
         sessions[name] = Session(
             schedule, reader, type(unwrap(model)).__name__, names, text_position, layout,

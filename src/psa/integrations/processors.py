@@ -126,12 +126,13 @@ def _backend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
         return _dense(
             processor, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config
         )
-    if torch.compiler.is_compiling() and _parallel_config is None:
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if torch.compiler.is_compiling() and _parallel_config is None and not learning:
         return torch.ops.psa.layer(query, key, value, attn_mask, scale, processor.psa_tag)
     return _serve(processor, query, key, value, attn_mask, scale, enable_gqa, _parallel_config)
 
 
-@torch.compiler.disable()
+@torch.compiler.disable()  # where a compiled model is trained, the graph breaks here
 def _serve(processor: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
            enable_gqa: bool, config: Any) -> Tensor:  # fmt: skip
     def dense() -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PSAConfig
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, PSAWarning, ShapeError
 from ..functional import attend, make_plan
 from ..state import ProbeState
 from .denoising import Schedule, StepReader
@@ -62,7 +62,7 @@ class Session:
     probes: ProbeState = field(default_factory=ProbeState)
     closed: bool = False
     run: int = -1
-    told: bool = False
+    told: set[str] = field(default_factory=set)
     call: int = 0
     place: tuple[int, int] | None = None
     masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
@@ -121,10 +121,16 @@ class Session:
         """
         step = self.reader.step
         config = self.schedule.at(step, self.reader.steps, layer)
+        if config is not None and parallel is None and q.shape[1] <= (least := self.schedule.longest_dense(config)):
+            self._tell(
+                f"calls of {q.shape[1]} tokens stay dense: up to {least}, choosing what to keep costs what it saves; "
+                "min_queries=0 (--min_queries 0) runs PSA all the same"
+            )
+            config = None
         key_mask, plain = self._key_mask(mask, q.shape[0], k.shape[1]) if config is not None else (None, False)
         ring = parallel is not None and parallel.ring_degree > 1
-        if not plain and config is not None and not self.closed:
-            self._tell_of_mask()
+        if not plain and config is not None:
+            self._tell("an attention mask that says more than which tokens are padding; such calls stay dense")
         if config is None or self.closed or not plain:
             self.stats.count(layer, step)
             if not (ring and exact_ring):
@@ -235,11 +241,11 @@ class Session:
 
     # -- masks -------------------------------------------------------------------------------------------------
 
-    def _tell_of_mask(self) -> None:
-        if not self.told:
-            self.told = True
-            text = "an attention mask that says more than which tokens are padding; such calls stay dense"
-            warnings.warn(f"{self.model_name}: {text}", stacklevel=2)
+    def _tell(self, text: str) -> None:
+        """Warns, once for each text, of calls that stay dense."""
+        if text not in self.told and not self.closed:
+            self.told.add(text)
+            warnings.warn(f"{self.model_name}: {text}", PSAWarning, stacklevel=2)
 
     def _key_mask(self, mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, bool]:
         """(bool [B, L] or None where all tokens are real, whether the mask says no more than that)."""

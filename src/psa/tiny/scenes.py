@@ -1,6 +1,6 @@
 """The little world that the tiny model is trained on: a grammar of captions, and clips drawn to match them.
 
-A caption names one or two textured shapes, what each does, and the backdrop, for example
+A caption names one or two textured shapes from left to right, what each does, and the backdrop, for example
 ``a small red circle moving left over stripes``. Sizes and speeds are in pixels, whatever the canvas: a larger canvas
 shows more of the same world.
 """
@@ -36,7 +36,7 @@ BACKDROPS = ("stripes", "checks", "clouds", "waves")
 SPEED, GROWTH = 1.4, 0.35  # pixels per frame: of a moving shape, and of a growing shape's radius
 GRAMMAR = (
     "a {small|large} {" + "|".join(COLOURS) + "} {" + "|".join(SHAPES) + "} {" + "|".join(MOTIONS) + "} "
-    "[and a second such object of another colour] over {" + "|".join(BACKDROPS) + "}"
+    "[and a second such object of another colour, right of the first] over {" + "|".join(BACKDROPS) + "}"
 )
 
 
@@ -131,15 +131,21 @@ def render(scene: Scene, frames: int, height: int, width: int, rng: random.Rando
 def _places(
     things: tuple[Thing, ...], frames: int, height: int, width: int, rng: random.Random
 ) -> list[tuple[Tensor, ...]]:
-    """Centre x, y and radius over time of every thing, inside the canvas and clear of each other where it has room."""
+    """Centre x, y and radius over time of every thing, inside the canvas.
+
+    Two things are clear of each other and are named from left to right: side by side where that has room, else at
+    least on average, else anywhere.
+    """
+    paths = []
     for attempt in range(200):
         paths = [_path(thing, frames, height, width, rng) for thing in things]
-        if len(paths) < 2 or attempt == 199:
-            return paths
+        if len(paths) < 2:
+            break
         (ax, ay, ar), (bx, by, br) = paths
-        if ((ax - bx).abs().maximum((ay - by).abs()) > 0.95 * (ar + br)).all():
-            return paths
-    raise AssertionError
+        apart = bx - ax if attempt < 100 else (bx - ax).abs().maximum((by - ay).abs())
+        if (apart > 0.95 * (ar + br)).all() and bx.mean() > ax.mean():
+            break
+    return paths
 
 
 def _path(thing: Thing, frames: int, height: int, width: int, rng: random.Random) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ ones. A run that is interrupted continues where it was when started again with t
 continues from a finished checkpoint, such as the shipped one, with ``--from-stage`` naming where.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -19,6 +20,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..config import PSAConfig
+from ..integrations import enable
 from . import path
 from .autoencoder import clips, train_autoencoder, write
 from .model import encode, make_text_encoder, make_tokenizer, make_transformer, save
@@ -39,6 +42,7 @@ class Stage:
     pool: int
     rate: float
     pairs: float = 0.25
+    density: float = 1.0  # of self-attention; below 1 it is PSA's, forward and backward
 
     @property
     def tokens(self) -> int:
@@ -51,9 +55,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("parts", 64, 9, 24, 4300, 8192, 2e-3, pairs=0.1),
-    Stage("scenes", 96, 17, 8, 250, 1024, 1e-3),
-    Stage("native", 128, 33, 2, 100, 240, 5e-4),
+    Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
+    Stage("duo", 96, 9, 12, 1500, 4096, 1.4e-3, pairs=0.6),
+    Stage("wider", 128, 17, 4, 300, 1024, 1e-3, pairs=0.5, density=0.25),
+    Stage("whole", 128, 33, 2, 600, 1024, 6e-4, pairs=0.4, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -184,34 +189,40 @@ class Run:
 
     def train(self, vae: Any, *, compiled: bool = True, every: int = 100, on_step: Told = lambda *told: None) -> None:
         """Trains what is left of the stages; ``on_step(stage name, step, loss)`` after every step."""
+        transformer: Any = self.student.transformer
         if compiled:
-            self.student.transformer.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
+            transformer.compile_repeated_blocks(dynamic=False)
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             # Short sequences: three plain products are faster than the fused kernel, whose backward is slow on CPUs.
-            self.student.transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")  # type: ignore[operator]
-            latents, ids = make_pool(vae, stage, self.seed, self.folder)
-            empty = torch.zeros(WORDS, dtype=torch.long)
-            empty[0] = 1
-            while self.step < stage.steps:
-                began = time.perf_counter()
-                generator = torch.Generator().manual_seed((self.seed * 64 + self.stage) * 1_000_003 + self.step)
-                chosen = torch.randint(stage.pool, (stage.batch,), generator=generator)
-                blank = torch.rand(stage.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
-                texts = torch.where(blank, empty, ids[chosen])
-                loss = self.student.loss(latents[chosen].float(), texts, stage.shift, generator)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-                self.optimizers.step(self._rate(stage))
-                self._follow()
-                self.step += 1
-                self.seconds += time.perf_counter() - began
-                self.losses.append((stage.name, self.step, loss.item()))
-                if self.step % every == 0:
-                    self.save()
-                on_step(stage.name, self.step, loss.item())
+            transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")
+            sparse = PSAConfig(density=stage.density, mask_mode="proportional", exponent=1.0, bias="variance")
+            with enable(transformer, config=sparse) if stage.density < 1 else contextlib.nullcontext():
+                self._train_stage(stage, make_pool(vae, stage, self.seed, self.folder), every, on_step)
             self.stage, self.step = self.stage + 1, 0
             self.save()
+
+    def _train_stage(self, stage: Stage, pool: tuple[Tensor, Tensor], every: int, on_step: Told) -> None:
+        latents, ids = pool
+        empty = torch.zeros(WORDS, dtype=torch.long)
+        empty[0] = 1
+        while self.step < stage.steps:
+            began = time.perf_counter()
+            generator = torch.Generator().manual_seed((self.seed * 64 + self.stage) * 1_000_003 + self.step)
+            chosen = torch.randint(stage.pool, (stage.batch,), generator=generator)
+            blank = torch.rand(stage.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
+            texts = torch.where(blank, empty, ids[chosen])
+            loss = self.student.loss(latents[chosen].float(), texts, stage.shift, generator)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizers.step(self._rate(stage))
+            self._follow()
+            self.step += 1
+            self.seconds += time.perf_counter() - began
+            self.losses.append((stage.name, self.step, loss.item()))
+            if self.step % every == 0:
+                self.save()
+            on_step(stage.name, self.step, loss.item())
 
     def _rate(self, stage: Stage) -> float:
         """Warm-up at the very start; within a stage, down to the next stage's rate (the last: to a tenth)."""
@@ -265,7 +276,7 @@ def main(
     vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
     start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
-    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "native",
+    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "whole",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
