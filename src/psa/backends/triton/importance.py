@@ -106,6 +106,7 @@ def _importance_kernel(
     sums_ptr,
     peaks_ptr,
     first_real_ptr,
+    wanted_ptr,
     q_strides,
     k_strides,
     mask_stride,
@@ -132,6 +133,7 @@ def _importance_kernel(
     MASKED: tl.constexpr,
     ENCODE: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
+    CHOOSY: tl.constexpr,
 ):
     PER_M: tl.constexpr = BLOCK_M // POOL
     PER_N: tl.constexpr = BLOCK_N // COLS
@@ -167,6 +169,8 @@ def _importance_kernel(
         if CAUSAL:
             last = tl.minimum(first_row + ROWS * POOL, length_q) - 1 + length_k - length_q
             stop = tl.minimum(tl.maximum(last // (BLOCK_N * TILE_N) + 1, 0), tiles).to(tl.int32)
+        if CHOOSY:
+            stop = tl.where(tl.load(wanted_ptr + batch * HEADS + head) != 0, stop, 0)
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         k_head = k_ptr + batch * k_strides[0] + (head // GROUPS) * k_strides[1]
@@ -239,6 +243,7 @@ def importance(
     scale: float,
     key_mask: Tensor | None = None,
     encode: float | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows of sum one or zero.
 
@@ -247,6 +252,7 @@ def importance(
         pooled_k: [B, Hkv, ceil(length_k / cols), D], means over ``cols`` real keys (rows of the pyramid), any strides.
         rows, cols: query rows and key rows averaged into one.
         encode: return keys of proportional mode instead (see :func:`.score.encode_shares`), with this exponent.
+        wanted: bool [B, H], heads that are to be scored; the others get 0.
     """
     batch, heads, length_q, head_dim = q.shape
     blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
@@ -268,6 +274,7 @@ def importance(
         sums,
         peaks,
         rules.first_real if rules.first_real is not None else q,
+        wanted.contiguous().view(torch.uint8) if wanted is not None else q,
         q.stride(),
         pooled_k.stride(),
         length_k if masked else 0,
@@ -294,6 +301,7 @@ def importance(
         MASKED=masked,
         ENCODE=encode is not None,
         TEXT_FIRST=rules.text_first,
+        CHOOSY=wanted is not None,
         num_warps=warps,
         num_stages=stages,
     )

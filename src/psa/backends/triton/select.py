@@ -242,13 +242,14 @@ def estimate(
     pooled_k: Tensor | None = None,
     rules: RowRules | None = None,
     encode: float | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Importance float32 [B, H, M, N] of q [B, H, Lq, D] for k [B, Hkv, Lk, D]; see :func:`.importance.importance`."""
     if rules is None:
         rules = row_rules(config.block_m, config.block_n, is_causal, 0, "last", None)
     if pooled_k is None:
         pooled_k = pool_keys(k, config.importance_cols, key_mask)
-    pooled = {"rows": config.importance_rows, "cols": config.importance_cols}
+    pooled = {"rows": config.importance_rows, "cols": config.importance_cols, "wanted": wanted}
     return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, encode=encode, **pooled)
 
 

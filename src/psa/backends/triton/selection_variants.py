@@ -16,7 +16,7 @@ from .variants import ARCHITECTURES, POINTERS, Variant, _instruction
 TYPES = {
     "mask_ptr": "*u8", "first_real_ptr": "*i32", "out_ptr": "*fp32", "sums_ptr": "*fp32", "peaks_ptr": "*fp32",
     "keys_ptr": "*fp32", "caps_ptr": "*u8", "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32",
-    "importance_ptr": "*fp32",
+    "importance_ptr": "*fp32", "wanted_ptr": "*u8",
     "source_ptr": "*fp32", "levels_ptr": "*u8", "blocks_ptr": "*i32", "ends_ptr": "*i32", "scale_log2": "fp32",
     "exponent": "fp32", "density": "fp32", "fixed_log_tau": "fp32",
 }  # fmt: skip
@@ -71,7 +71,7 @@ def _kernels(setting: Setting, arch: int) -> Iterator[Variant]:
     rows, keys, warps, stages = tiling(128, setting.block_n, 16, 8, setting.dim, setting.dtype == "fp32")
     logits = rules | pins | {
         "head_dim": setting.dim, "HEADS": 12, "GROUPS": setting.group, "POOL": 16, "COLS": 8, "ROWS": rows,
-        "KEYS": keys, "WIDTH": WIDTH, "BLOCK_D": padded(setting.dim),
+        "KEYS": keys, "WIDTH": WIDTH, "BLOCK_D": padded(setting.dim), "CHOOSY": False,
     }  # fmt: skip
     for encode in (True, False):
         instruction = _instruction(arch) if setting.dtype != "fp32" else "HMMA|HGMMA|UTC\\w*MMA"
