@@ -5,4 +5,4 @@
 #   benchmarks/gpu_check.sh --part 2
 #   benchmarks/gpu_check.sh --dry        tiny shapes under Triton's interpreter, without a GPU
 here=$(cd "$(dirname "$0")" && pwd)
-PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$here/gpu_check.py" "$@"
+PYTHONPATH="$here/../src:$here/../tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$here/gpu_check.py" "$@"

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
+from cases import Case, make
 from torch import Tensor
 
 from psa.allocate import allocate_levels, block_mask
 from psa.backends import reference
 from psa.backends import triton as backend
-from psa.backends.base import Selection
 from psa.backends.triton import schedule, select, whole
 from psa.backends.triton.score import row_rules
 from psa.config import PSAConfig
@@ -21,74 +20,32 @@ TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Relative Frobenius error; of gradients four times that."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One attention call with every level present."""
-
-    name: str
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    length_q: int = 1000
-    length_k: int = 1000
-    dim: int = 128
-    block_m: int = 128
-    block_n: int = 64
-    dtype: torch.dtype = torch.bfloat16
-    causal: bool = False
-    masked: bool = False
-    variance: bool = False
-    pairs: bool = False
-    shared: bool = False
-    strided: bool = False
+def case(**changes: object) -> Case:
+    """A call of common size, changed."""
+    sizes = {"length_q": 1000, "length_k": 1000, "head_dim": 128, "block_m": 128, "block_n": 64}
+    return Case(**(sizes | changes))
 
 
-CASES = (
-    Case("plain"),
-    Case("half precision", dtype=torch.float16, dim=64),
-    Case("single precision", dtype=torch.float32, dim=64, length_q=500, length_k=500),
-    Case("causal, grouped", causal=True, heads=8, kv_heads=2, block_n=128),
-    Case("causal, fewer queries", causal=True, length_q=333, length_k=1100),
-    Case("causal, fewer keys", causal=True, length_q=1100, length_k=333),
-    Case("masked", batch=2, masked=True, length_q=700, length_k=900),
-    Case("variance", variance=True, dim=64),
-    Case("pairs", pairs=True, block_n=32),
-    Case("every option", 2, 4, 2, 500, 777, 96, 64, 32, torch.bfloat16, True, True, True, True),
-    Case("wide heads", dim=256, length_q=400, length_k=600),
-    Case("narrow heads", dim=16, block_n=16),
-    Case("shared levels, strided", shared=True, strided=True, batch=2),
-    Case("one token", length_q=1, length_k=1),
-    Case("blocks of 128", block_n=128, length_q=2048, length_k=2048),
-)
-
-
-def make(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Selection]:
-    draw = torch.Generator().manual_seed(seed)
-
-    def tensor(heads: int, length: int) -> Tensor:
-        shape = (case.batch, length, heads, case.dim) if case.strided else (case.batch, heads, length, case.dim)
-        x = torch.randn(shape, generator=draw).to(device=device, dtype=case.dtype)
-        return x.transpose(1, 2) if case.strided else x
-
-    q = tensor(case.heads, case.length_q)
-    k, v = tensor(case.kv_heads, case.length_k), tensor(case.kv_heads, case.length_k)
-    lead = (1, 1) if case.shared else (case.batch, case.heads)
-    blocks = (-(-case.length_q // case.block_m), -(-case.length_k // case.block_n))
-    exponents = torch.randint(-1, min(case.block_n, 128).bit_length(), (*lead, *blocks), generator=draw)
-    levels = torch.where(exponents < 0, 0, 2 ** exponents.clamp(min=0)).to(device=device, dtype=torch.uint8)
-    mask = (torch.rand(case.batch, case.length_k, generator=draw) > 0.3).to(device) if case.masked else None
-    selection = Selection(
-        levels,
-        case.block_m,
-        case.block_n,
-        case.dim**-0.5,
-        case.causal,
-        query_power=q.float().square().mean(2) if case.variance else None,
-        bias_cap=torch.ones(1, 1, device=device) if case.variance else None,
-        pair_bias=torch.rand(levels.shape, generator=draw).to(device).half() if case.pairs else None,
-        key_mask=mask,
-    )
-    return q, k, v, selection
+EVERYTHING = {"is_causal": True, "masked": True, "variance": True, "pairs": True}
+HALF = torch.bfloat16
+CASES = {
+    "plain": (case(), HALF),
+    "half precision": (case(head_dim=64), torch.float16),
+    "single precision": (case(head_dim=64, length_q=500, length_k=500), torch.float32),
+    "causal, grouped": (case(is_causal=True, heads=8, kv_heads=2, block_n=128), HALF),
+    "causal, fewer queries": (case(is_causal=True, length_q=333, length_k=1100), HALF),
+    "causal, fewer keys": (case(is_causal=True, length_q=1100, length_k=333), HALF),
+    "masked": (case(batch=2, masked=True, length_q=700, length_k=900), HALF),
+    "variance": (case(variance=True, head_dim=64), HALF),
+    "pairs": (case(pairs=True, block_n=32), HALF),
+    "every option": (Case(2, 4, 2, 500, 777, 96, 64, 32, **EVERYTHING), HALF),
+    "wide heads": (case(head_dim=256, length_q=400, length_k=600), HALF),
+    "narrow heads": (case(head_dim=16, block_n=16), HALF),
+    "shared levels, strided": (case(shared_levels=True, strided=True, batch=2), HALF),
+    "one token": (case(length_q=1, length_k=1), HALF),
+    "blocks of 128": (case(block_n=128, length_q=2048, length_k=2048), HALF),
+}
+"""Calls with every level present, and their dtype."""
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -110,12 +67,12 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def check_attention(case: Case, device: torch.device, seed: int) -> tuple[bool, str]:
-    q, k, v, selection = make(case, device, seed)
+def check_attention(call: Case, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[bool, str]:
+    q, k, v, selection = make(call, seed, dtype, device)
     with poisoned():
         out, lse = backend.forward(q, k, v, selection)
         again, _ = backend.forward(q, k, v, selection)
-        grad = torch.randn(out.shape, device=device).to(case.dtype)
+        grad = torch.randn(out.shape, device=device).to(dtype)
         grad_lse = torch.rand(lse.shape, device=device)
         grads = backend.backward(grad, grad_lse, q, k, v, out, lse, selection)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
@@ -124,7 +81,7 @@ def check_attention(case: Case, device: torch.device, seed: int) -> tuple[bool, 
     want_grads = torch.autograd.grad(some, exact)
     errors = [distance(out, want.detach()), distance(lse, want_lse.detach())]
     slopes = [distance(got, expected) for got, expected in zip(grads, want_grads, strict=True)]
-    limit = TOLERANCE[case.dtype]
+    limit = TOLERANCE[dtype]
     ok = max(errors) <= limit and max(slopes) <= 4 * limit and torch.equal(out, again)
     names = ("out", "lse", "dq", "dk", "dv")
     said = " ".join(f"{name} {value:.1e}" for name, value in zip(names, errors + slopes, strict=True))
@@ -186,7 +143,7 @@ def check_whole(length: int, causal: bool, device: torch.device, seed: int) -> t
     """Five launches against the reference on the levels that they chose."""
     # The interpreter's products of bfloat16 are wrong.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v, _ = make(Case("", 1, 4, 2, length, length, dtype=dtype), device, seed)
+    q, k, v, _ = make(case(heads=4, length_q=length, length_k=length), seed, dtype, device)
     config = PSAConfig(density=0.2, exponent=1.0)
     with poisoned():
         out, lse, selection = whole.forward(q, k, v, config, scale=128**-0.5, is_causal=causal)

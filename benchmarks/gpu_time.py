@@ -18,7 +18,8 @@ from psa.backends.base import Selection
 from psa.backends.triton import gradients, whole
 from psa.backends.triton.attend import attend
 from psa.backends.triton.call import Call, prepare
-from psa.backends.triton.pool import build_pyramid
+from psa.backends.triton.pool import Pyramid, build_pyramid
+from psa.backends.triton.score import RowRules
 from psa.backends.triton.select import select
 from psa.config import PSAConfig
 from psa.plan import Plan
@@ -209,9 +210,7 @@ class Bench:
         call = prepare(q, k, v, selection)
         attend_ms = self.row("attend", partial(attend, call), density)
         self.row("pool", partial(build_pyramid, k, v, case.block_n), None, of=attend_ms)
-        pooled = whole.pooled_rows(call.pyramid.keys, case.block_n, config.importance_cols)
-        pooled = pooled.narrow(2, 0, -(-case.length // config.importance_cols))
-        self.row("select", partial(select, q, k, config, pooled_k=pooled, **options), None, of=attend_ms)
+        self.row("select", partial(self._select, config, call.pyramid), None, of=attend_ms)
         self.row("whole call", partial(whole.forward, q, k, v, config, **options), density)
         self._others(selection, attend_ms)
         if case.backward:
@@ -220,6 +219,12 @@ class Bench:
             self.row("backward", backward, density, factor=2.5)
         if self.device.type == "cuda" and self.recorder is not None:
             self._graph(options, density)
+
+    def _select(self, config: PSAConfig, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels and their lists, from pooled keys that are there."""
+        rules = RowRules(config.block_m, config.block_n, self.case.causal)
+        pooled = whole.pooled_keys(pyramid, config.block_n, config.importance_cols)
+        return select(self.q, pooled, self.case.length, config, rules, scale=self.scale)
 
     def _others(self, chosen: Selection, attend_ms: float) -> None:
         """Our kernel on what others do at the same density: exact blocks and dropping, or one mean for all the rest."""
@@ -231,9 +236,9 @@ class Bench:
         }
         for what, bounds in ratios.items():
             config = PSAConfig(block_n=self.case.block_n, mask_mode="topk", mask_ratios=bounds)
-            levels, blocks, ends = select(self.q, self.k, config, scale=self.scale, is_causal=self.case.causal)
-            selection = Selection(levels, config.block_m, config.block_n, self.scale, self.case.causal)
             pyramid = build_pyramid(self.k, self.v, config.block_n)
+            levels, blocks, ends = self._select(config, pyramid)
+            selection = Selection(levels, config.block_m, config.block_n, self.scale, self.case.causal)
             call = Call(self.q, selection, pyramid, blocks, ends)
             self.row(what, partial(attend, call), kept(levels, self.case, config.block_m), of=attend_ms)
             if what == "attend, binary" and self.case.flex and self.device.type == "cuda":

@@ -11,17 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from cases import make
 from gpu_check import spread
 from gpu_kernels import (
     CASES,
+    HALF,
     MODES,
     TOLERANCE,
-    Case,
+    case,
     check_attention,
     check_selection,
     check_whole,
     distance,
-    make,
     poisoned,
 )  # fmt: skip
 from torch import Tensor
@@ -45,7 +46,7 @@ def check_public(name: str, device: torch.device, seed: int, small: bool) -> tup
     """psa_attention, planning included, against the reference on the plan that it made; and the same once more."""
     grid, text, dim, dtype = ((3, 6, 8), 10, 32, torch.float32) if small else ((6, 20, 24), 226, 64, torch.bfloat16)
     length = text + grid[0] * grid[1] * grid[2]
-    q, k, v, _ = make(Case("", 1, 2, 1, length, length, dim, dtype=dtype), device, seed)
+    q, k, v, _ = make(case(kv_heads=1, length_q=length, length_k=length, head_dim=dim), seed, dtype, device)
     options = {
         "video": {"grid": grid, "text_length": text},
         "masked": {"key_mask": torch.arange(length, device=device)[None] < 0.8 * length},
@@ -72,7 +73,7 @@ def check_compiled(device: torch.device, seed: int) -> tuple[bool, str]:
 
     pairs = []
     for function in (call, torch.compile(call, fullgraph=True)):
-        q, k, v, _ = make(Case("", length_q=1500, length_k=1500), device, seed)
+        q, k, v, _ = make(case(length_q=1500, length_k=1500), seed, HALF, device)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = function(*leaves)
         pairs.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)))
@@ -82,7 +83,7 @@ def check_compiled(device: torch.device, seed: int) -> tuple[bool, str]:
 
 def check_waits(device: torch.device, seed: int) -> tuple[bool, str]:
     """PyTorch raises where the host waits for the device: the whole call, attention with a plan, and gradients."""
-    q, k, v, selection = make(Case("", length_q=1500, length_k=1500), device, seed)
+    q, k, v, selection = make(case(length_q=1500, length_k=1500), seed, HALF, device)
     config = PSAConfig(mask_mode="proportional", density=0.2, bias="variance")
 
     def calls() -> None:
@@ -101,7 +102,7 @@ def check_waits(device: torch.device, seed: int) -> tuple[bool, str]:
 
 def check_tuned(device: torch.device, seed: int) -> tuple[bool, str]:
     """PSA_AUTOTUNE=1 finds a launch that gives the right result, and writes it."""
-    q, k, v, selection = make(Case("", length_q=8192, length_k=8192, heads=8, kv_heads=8), device, seed)
+    q, k, v, selection = make(case(length_q=8192, length_k=8192, heads=8, kv_heads=8), seed, HALF, device)
     want, _ = backend.forward(q, k, v, selection)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"PSA_AUTOTUNE": "1", "PSA_CACHE_DIR": folder}
@@ -118,7 +119,7 @@ def check_tuned(device: torch.device, seed: int) -> tuple[bool, str]:
 
 def check_graph(device: torch.device) -> tuple[bool, str]:
     """The whole call, captured in a CUDA graph and replayed on other inputs, gives what it gives outside."""
-    q, k, v, _ = make(Case("", length_q=2000, length_k=2000), device, 0)
+    q, k, v, _ = make(case(length_q=2000, length_k=2000), 0, HALF, device)
     config = PSAConfig(density=0.2, exponent=1.0)
 
     def call() -> Tensor:
@@ -154,13 +155,13 @@ def checks(device: torch.device, mode: str, seed: int) -> Iterator[tuple[str, Ca
     for name in PUBLIC:
         if mode != "dry" or name == "variance, video":
             yield f"public call, {name}", lambda name=name: check_public(name, device, seed, small=mode == "dry")
-    for case in CASES:
-        if mode == "dry" and case.name not in ("single precision", "causal, grouped"):
+    for name, (call, dtype) in CASES.items():
+        if mode == "dry" and name not in ("single precision", "causal, grouped"):
             continue
         if mode == "dry":
-            small = {"length_q": min(case.length_q, 70), "length_k": min(case.length_k, 90), "block_m": 64, "dim": 32}
-            case = replace(case, **small, block_n=32, heads=2, kv_heads=1, dtype=torch.float32)
-        yield f"attention, {case.name}", lambda case=case: check_attention(case, device, seed)
+            small = {"length_q": min(call.length_q, 70), "length_k": min(call.length_k, 90), "block_m": 64}
+            call, dtype = replace(call, **small, head_dim=32, block_n=32, heads=2, kv_heads=1), torch.float32
+        yield f"attention, {name}", partial(check_attention, call, dtype, device, seed)
     for chosen in MODES:
         for causal in (False, True):
             if mode == "dry" and (chosen not in ("topk", "proportional") or causal):

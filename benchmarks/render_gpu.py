@@ -7,7 +7,8 @@ Row = dict
 KERNELS = (
     "_psa_fwd_kernel/wan", "_psa_fwd_kernel/every-option", "_psa_fwd_kernel/cogvideo", "_psa_fwd_kernel/qwen",
     "_psa_bwd_dq_kernel/wan", "_psa_bwd_dkv_kernel-pooled/wan", "_psa_bwd_dkv_kernel-tokens/wan", "_pool_kernel/wan",
-    "_importance_kernel-keys/wan", "_solve_kernel/wan", "_select_kernel-proportional/wan", "_schedule_kernel/wan",
+    "_importance_kernel-keys/wan", "_importance_kernel-ranked/qwen", "_solve_kernel/wan", "_solve_kernel-variance/qwen",
+    "_bias_kernel/every-option", "_select_kernel-proportional/wan", "_schedule_kernel/wan",
 )  # fmt: skip
 NAMES = {"HMMA": "mma", "HGMMA": "wgmma"}
 NO_RUN = "No GPU run is recorded."

@@ -1,4 +1,4 @@
-"""Inputs that several test files share."""
+"""Inputs that several test files share, and benchmarks/gpu_check.sh with them."""
 
 from dataclasses import dataclass
 
@@ -25,24 +25,27 @@ class Case:
     pairs: bool = False
     shared_levels: bool = False
     empty_rows: bool = False
+    strided: bool = False
 
 
-def make(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32):
+def make(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
     """Random q, k, v and a Selection with every level present."""
     g = torch.Generator().manual_seed(seed)
     shape_q = (case.batch, case.heads, case.length_q, case.head_dim)
     shape_k = (case.batch, case.kv_heads, case.length_k, case.head_dim)
-    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (shape_q, shape_k, shape_k))
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype) for s in (shape_q, shape_k, shape_k))
+    if case.strided:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     blocks = (-(-case.length_q // case.block_m), -(-case.length_k // case.block_n))
     lead = (1, 1) if case.shared_levels else (case.batch, case.heads)
     top = min(case.block_n, 128).bit_length()
     exponents = torch.randint(-1, top, (*lead, *blocks), generator=g)
     if case.empty_rows:
         exponents[:, :, ::2] = -1
-    levels = torch.where(exponents < 0, 0, 2 ** exponents.clamp(min=0)).to(torch.uint8)
+    levels = torch.where(exponents < 0, 0, 2 ** exponents.clamp(min=0)).to(device, torch.uint8)
     key_mask = None
     if case.masked:
-        key_mask = torch.rand(case.batch, case.length_k, generator=g) > 0.3
+        key_mask = (torch.rand(case.batch, case.length_k, generator=g) > 0.3).to(device)
     selection = Selection(
         levels,
         case.block_m,
@@ -50,8 +53,8 @@ def make(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32):
         case.head_dim**-0.5,
         case.is_causal,
         query_power=q.float().square().mean(2) if case.variance else None,
-        bias_cap=torch.full((1, 1), 1.0) if case.variance else None,
-        pair_bias=torch.rand(levels.shape, generator=g).half() if case.pairs else None,
+        bias_cap=torch.full((1, 1), 1.0, device=device) if case.variance else None,
+        pair_bias=torch.rand(levels.shape, generator=g).half().to(device) if case.pairs else None,
         key_mask=key_mask,
     )
     return q, k, v, selection

@@ -78,13 +78,14 @@ class PSAConfig:
             change of the importance's concentration that ends it sooner.
         published: in auto mode, also try the published topk and thresholdbound, stretched to the density, on every
             head. Costs a sort of the importance in every call; benchmarks/quality.py found no head that gains.
-        slope: add the first-order term of what averaging loses of the values. Default: True only in auto mode, where
-            it is chosen per head.
+        slope: add the first-order term of what averaging loses of the values, by torch operators. Default: True only in
+            auto mode, where it is chosen per head.
         sort_keys: sort keys inside KV blocks so that pooled groups are tight (never when causal or with a key mask).
             Default: True only in auto mode.
-        bias: mass correction of pooled rows: ``"count"`` (published), ``"variance"`` or ``"measured"``.
+        bias: mass correction of pooled rows: ``"count"`` (published), ``"variance"`` or ``"measured"`` (which torch
+            operators compute, on a GPU too).
         bias_cap: upper bound of that correction, in nats. Default 1 (variance), 20 (measured).
-        importance: ``"pooled"``, ``"sampled"`` or ``"antidiagonal"``.
+        importance: ``"pooled"``, ``"sampled"`` or ``"antidiagonal"`` (the latter two by torch operators, on a GPU too).
         importance_rows, importance_cols: query rows and key rows averaged into one by pooled importance.
         importance_stride: stride of antidiagonal scoring.
         seed: of sampled importance and of semantic clustering.

@@ -51,7 +51,8 @@ def select(
     config = PSAConfig.from_key(config_key)
     q, k = q.detach(), k.detach()
     device = None if 0 in (*q.shape, *k.shape) else planner(q, k, config)
-    split = device is None or config.mask_mode == "auto"
+    pooled = config.importance == "pooled" and config.bias != "measured"
+    split = device is None or not pooled or config.mask_mode == "auto"
     if split and q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
         settings = (config_key, scale, is_causal, text_length, text_position)
         return _select_by_head(q, k, v, given, key_mask, choice, *settings)
@@ -77,7 +78,7 @@ def select(
     if config.bias == "measured":
         measured, ratio = measured_mass(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
         scored = measured if scored is None else scored
-    elif scored is None and device is not None:
+    elif scored is None and device is not None and pooled:
         scored = device.plan_importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
     elif scored is None:
         scored = importance(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)

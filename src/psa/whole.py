@@ -21,7 +21,7 @@ def at_once(q: Any, k: Any, config: PSAConfig, backend: str) -> bool:
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and on_gpu(q) and q.numel() and k.numel()):
         return False
-    fixed = config.type == "psa" and config.mask_mode != "auto" and not config.slope and not config.rank_exponent
+    fixed = config.type == "psa" and config.mask_mode != "auto" and not config.slope
     pooled = config.importance == "pooled" and config.bias != "measured"
     return backend in ("auto", "triton") and fixed and pooled
 
@@ -56,9 +56,10 @@ def plan_and_attend(
     if device is not None and chosen is device:
         where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
         out, lse, made = device.plan_and_attend(q, k, v, config, scale=scale, key_mask=key_mask, **where)
-        power, cap = made.query_power, made.bias_cap
-        none = q.new_empty(0, dtype=torch.float32)
-        return out, lse, made.levels, none if power is None else power, none.clone() if cap is None else cap
+        power, cap = (
+            q.new_empty(0, dtype=torch.float32) if x is None else x for x in (made.query_power, made.bias_cap)
+        )
+        return out, lse, made.levels, power, cap
     levels, power, cap, *_ = ops.select(
         q, k, None, None, key_mask, None, config_key, scale, is_causal, text_length, text_position
     )

@@ -158,7 +158,7 @@ def test_through_the_public_functions():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_pyramid_rows_and_similarity():
+def test_pyramid_rows():
     _, k, v, selection = make(Case(length_k=150, masked=True, block_n=32))
     pyramid = build_pyramid(k, v, 32, key_mask=selection.key_mask)
     blocks = 5
@@ -166,12 +166,35 @@ def test_pyramid_rows_and_similarity():
         first = blocks * (64 - (64 >> e))
         want = group_means(k, 1 << e, selection.key_mask)
         torch.testing.assert_close(pyramid.keys[:, :, first : first + want.shape[2]], want, atol=1e-6, rtol=1e-5)
-    cosines = build_pyramid(k, v, 32, similarity=True).similarity
-    thresholds = {2: 0.0, 4: 0.05, 8: 0.02}
-    cap = torch.ones(cosines.shape[:-1], dtype=torch.uint8)
-    for i, level in enumerate((2, 4, 8)):
-        cap = torch.where(cosines[..., i] > thresholds[level], level, cap)
-    assert torch.equal(cap.long(), similarity_cap(k, 32, thresholds).long())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "block_n"), [(150, 32), (600, 256)])
+def test_similarity_caps_are_those_of_torch(length, block_n, masked):
+    _, k, v, selection = make(Case(batch=2, length_k=length, masked=True, block_n=32))
+    k += 0.3
+    mask = selection.key_mask if masked else None
+    if mask is not None:
+        mask[0, :40], mask[1, 80:] = False, False
+    seen = set()
+    for thresholds in ({2: 0.0, 4: 0.08, 8: 0.09}, {8: 0.05}, {2: 0.3, 4: 0.4, 8: 0.5}, {2: 0.9}):
+        pyramid = build_pyramid(k, v, block_n, key_mask=mask, thresholds=thresholds, first_real=True)
+        want = similarity_cap(k, block_n, thresholds, mask)
+        assert torch.equal(2 ** pyramid.caps.long(), want.long())
+        seen |= set(want.flatten().tolist())
+    assert len(seen) > 1
+    if mask is not None:
+        assert pyramid.first_real.tolist() == (mask.to(torch.uint8).argmax(-1) // block_n).tolist()
+
+
+def test_a_mask_may_have_any_strides_and_hide_everything():
+    _, k, v, selection = make(Case(batch=2, length_k=150, masked=True, block_n=32))
+    mask = selection.key_mask
+    mask[1] = False
+    want = build_pyramid(k, v, 32, key_mask=mask, first_real=True)
+    got = build_pyramid(k, v, 32, key_mask=mask.t().contiguous().t(), first_real=True)
+    assert torch.equal(got.keys, want.keys) and torch.equal(got.counts, want.counts)
+    assert got.first_real.tolist()[1] == 0 == want.first_real.tolist()[1]
 
 
 def test_readers_are_the_transpose():

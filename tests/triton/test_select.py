@@ -7,7 +7,7 @@ import psa
 from psa.allocate import allocate_levels, block_mask
 from psa.backends import reference, triton
 from psa.backends.triton import schedule, select, whole
-from psa.backends.triton.importance import importance
+from psa.backends.triton.importance import importance, pool_keys
 from psa.backends.triton.score import row_rules
 from psa.importance import importance as torch_importance
 from psa.pyramid import group_means
@@ -80,7 +80,9 @@ MODES = {
     "proportional, shared": {"density": 0.3, "share_heads": True, "exponent": 0.5},
     "proportional, everything": {"density": 1.0, "exponent": 1.0},
     "proportional, least": {"density": 1 / 32, "exponent": 1.0},
+    "proportional, by rank": {"density": 0.2, "exponent": 1.0, "rank_exponent": 3.0},
     "tau": {"tau": 0.04},
+    "tau, by rank": {"tau": 0.004, "rank_exponent": 0.5},
 }
 
 
@@ -96,8 +98,8 @@ def test_levels_and_schedule_are_those_of_torch(mode, kind):
         config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
         m, n = -(-lengths[0] // 64), -(-lengths[1] // 32)
         given = scores(kind, (1, 2, m, n), seed=m)
-        caps = 2 ** torch.randint(0, 4, (1, 1, n), generator=torch.Generator().manual_seed(n)) if capped else None
-        caps = caps.to(torch.uint8) if caps is not None else None
+        exponents = torch.randint(0, 4, (1, 1, n), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+        caps = exponents if capped else None
         want = allocate_levels(
             given,
             mask_mode=config.mask_mode,
@@ -106,9 +108,10 @@ def test_levels_and_schedule_are_those_of_torch(mode, kind):
             block_n=32,
             tau=config.tau,
             exponent=config.exponent,
+            rank_exponent=config.rank_exponent,
             keep_all=config.keep_all,
             share_heads=config.share_heads,
-            cap=caps,
+            cap=2**exponents if capped else None,
             mask=block_mask(*lengths, 64, 32, is_causal=causal, text_length=text, text_position=position),
         )
         rules = row_rules(64, 32, causal, text, position, None)
@@ -145,7 +148,9 @@ def test_schedule_and_its_transpose(shape):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mode", ["topk", "thresholdbound", "proportional", "proportional, dropping"])
+@pytest.mark.parametrize(
+    "mode", ["topk", "thresholdbound", "proportional", "proportional, dropping", "proportional, by rank"]
+)
 def test_selection_from_q_and_k_is_that_of_the_plan(mode, causal):
     g = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 2, 130, 32, generator=g) * 2, torch.randn(2, 1, 430, 32, generator=g)
@@ -154,9 +159,8 @@ def test_selection_from_q_and_k_is_that_of_the_plan(mode, causal):
     config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
     text = 0 if causal else 20
     plan = psa.plan(q, k, config, is_causal=causal, enable_gqa=True, key_mask=mask, text_length=text)
-    levels, _, _ = select.select(
-        q, k, config, scale=32**-0.5, is_causal=causal, key_mask=mask, text_length=text, text_position="last"
-    )
+    rules = row_rules(64, 32, causal, text, "last", mask)
+    levels, _, _ = select.select(q, pool_keys(k, 8, mask), 430, config, rules, scale=32**-0.5, key_mask=mask)
     differing = (levels != plan.levels).float().mean()
     assert differing <= 0.005  # sums in another order may move a pair that lies on a boundary
 
@@ -192,12 +196,20 @@ def test_the_whole_call_is_plan_and_reference(mode, causal):
     assert (selection.levels != plan.levels).float().mean() <= 0.02
 
 
-@pytest.mark.parametrize("mode", ["topk", "proportional, dropping", "auto"])
+BY_TORCH = {
+    "auto": {"density": 0.2},
+    "antidiagonal": {"density": 0.2, "mask_mode": "proportional", "importance": "antidiagonal"},
+    "measured": {"density": 0.2, "bias": "measured"},
+}
+"""What torch adds to the kernels: probes, other importances, and the measured bias."""
+
+
+@pytest.mark.parametrize("mode", ["topk", "proportional, dropping", "antidiagonal", "measured", "auto"])
 def test_plans_are_the_same_through_the_device_kernels(mode, monkeypatch):
     g = torch.Generator().manual_seed(5)
     q = torch.randn(1, 2, 260, 32, generator=g) * 2
     k, v = torch.randn(2, 1, 2, 330, 32, generator=g)
-    config = psa.PSAConfig(block_m=64, block_n=32, **({"density": 0.2} if mode == "auto" else MODES[mode]))
+    config = psa.PSAConfig(block_m=64, block_n=32, **(BY_TORCH.get(mode) or MODES[mode]))
     want = psa.plan(q, k, config, v=v, text_length=9)
     called = []
     monkeypatch.setattr(psa.ops, "planner", lambda *args: called.append(args) or triton)
@@ -209,8 +221,8 @@ def test_plans_are_the_same_through_the_device_kernels(mode, monkeypatch):
 
 def test_what_the_kernels_do_not_cover_is_said():
     q = torch.zeros(1, 1, 8, 16)
-    assert triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, exponent=1.0)) == []
-    for changes in ({"importance": "antidiagonal"}, {"bias": "measured"}, {"rank_exponent": 0.5}):
-        reasons = triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, mask_mode="proportional", **changes))
-        assert len(reasons) == 1
+    assert triton.planning_reasons(q, q, psa.PSAConfig(density=0.2, rank_exponent=0.5)) == []
+    long = torch.zeros(1, 1, 1, 16).expand(1, 1, 64 * 5000, 16)
+    assert triton.planning_reasons(q, long, psa.PSAConfig(density=0.2, exponent=1.0)) == []
+    assert "2048" in triton.planning_reasons(q, long, psa.PSAConfig(density=0.2, rank_exponent=0.5))[0]
     assert triton.planning_reasons(q.double(), q.double(), psa.PSAConfig(density=0.2))

@@ -1,15 +1,13 @@
-"""From q, k and v to out: how many launches, no wait for the device, and the same results as a plan made apart."""
-
-from contextlib import contextmanager
+"""From q, k and v to out by one operator: the same results as a plan made apart, gradients, and graphs."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from launches import watched
 from triton.runtime.interpreter import GridExecutor
 
 import psa
 from psa.backends import triton as backend
-from psa.backends.triton import attend, budget, gradients, importance, pool, schedule, select, transposed, whole
+from psa.backends.triton import whole
 from psa.backends.triton.attend import prepare
 
 pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
@@ -20,10 +18,9 @@ MODES = {
     "proportional": {"mask_mode": "proportional", "density": 0.3},
     "tau": {"mask_mode": "proportional", "tau": 0.04},
     "variance": {"bias": "variance", "density": 0.3},
+    "ranked": {"rank_exponent": 2.0, "density": 0.3},
     "capped": {"mask_mode": "topk", "use_sim_mask": True, "sim_thresholds": {2: 0.0, 4: 0.05, 8: 0.02}},
 }
-WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount", "item")
-"""What waits for the device, because its value or its shape is known only there."""
 
 
 def tensors(length_q=130, length_k=205, heads=2, kv_heads=1, dim=32, seed=4):
@@ -32,82 +29,19 @@ def tensors(length_q=130, length_k=205, heads=2, kv_heads=1, dim=32, seed=4):
     return q, *torch.randn(2, 1, kv_heads, length_k, dim, generator=g)
 
 
-class NoWaits(TorchDispatchMode):
-    """Raises where the host would wait for the device. Off inside of kernels: the interpreter itself waits."""
-
-    active = True
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if self.active:
-            assert name not in WAITS, f"{name} waits for the device"
-            assert not (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])), "mask"
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def watched(monkeypatch):
-    """Names of the kernels that are launched, while nothing may wait."""
-    launched, mode = [], NoWaits()
-
-    class Watched:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                launched.append(self.kernel.__name__)
-                mode.active = False
-                self.kernel[grid](*args, **options)
-                mode.active = True
-
-            return launch
-
-    with monkeypatch.context() as patch:
-        for module in (attend, budget, gradients, importance, pool, schedule, select, transposed):
-            for name, kernel in list(vars(module).items()):
-                if name.endswith("_kernel") and hasattr(kernel, "run"):
-                    patch.setattr(module, name, Watched(kernel))
-        with mode:
-            yield launched
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_five_launches_and_no_wait(mode, causal, monkeypatch):
+@pytest.mark.parametrize("bias", ["count", "variance"])
+def test_attention_and_gradients_of_a_plan(bias, monkeypatch):
+    """Three launches and seven, one more each with the variance bias; nothing waits."""
     q, k, v = tensors()
-    config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
-    with watched(monkeypatch) as launched:
-        whole.forward(q, k, v, config, scale=0.2, is_causal=causal)
-    assert launched[0] == "_pool_kernel" and launched[-1] == "_psa_fwd_kernel" and len(launched) <= 5
-    assert ("_solve_kernel" in launched) == (mode in ("proportional", "variance"))
-
-
-def test_masks_and_similarity_wait_for_nothing_either(monkeypatch):
-    q, k, v = tensors()
-    mask = torch.arange(205)[None] < 150
-    config = psa.PSAConfig(block_m=64, block_n=32, **MODES["capped"])
-    with watched(monkeypatch) as launched:
-        whole.forward(q, k, v, config, scale=0.2, text_length=9, key_mask=mask)
-    assert len(launched) <= 5
-
-
-def test_attention_and_gradients_wait_for_nothing(monkeypatch):
-    q, k, v = tensors()
-    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk")
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk", bias=bias)
     _, _, selection = whole.forward(q, k, v, config, scale=0.2)
-    with watched(monkeypatch) as launched:
+    extra = ["_bias_kernel"] if bias == "variance" else []
+    with watched(monkeypatch) as watch:
         out, lse = backend.forward(q, k, v, selection)
-    assert launched == ["_pool_kernel", "_schedule_kernel", "_psa_fwd_kernel"]
-    with watched(monkeypatch) as launched:
+    assert watch.launches == ["_pool_kernel", *extra, "_schedule_kernel", "_psa_fwd_kernel"]
+    with watched(monkeypatch) as watch:
         backend.backward(out, lse, q, k, v, out, lse, selection)
-    assert len(launched) == 7
-
-
-def test_a_wait_would_be_seen():
-    for waits in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()):
-        with pytest.raises(AssertionError, match=r"waits|mask"), NoWaits():
-            waits(torch.ones(3))
+    assert len(watch.launches) == 7 + len(extra)
 
 
 @pytest.fixture
@@ -127,7 +61,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("mode", "options"),
-    [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("capped", "masked"), ("capped", "plain")],
+    [("topk", "plain"), ("variance", "causal"), ("variance", "video"), ("capped", "masked"), ("ranked", "causal")],
 )
 def test_one_operator_is_plan_and_attend(mode, options, on_gpu):
     q, k, v = tensors(205)
@@ -181,7 +115,7 @@ def test_what_the_kernels_do_not_cover_goes_another_way(on_gpu, monkeypatch):
     torch.testing.assert_close(
         out, psa.attend(q, k, v, plan, enable_gqa=True, backend="reference"), atol=2e-5, rtol=1e-4
     )
-    for changes in ({"rank_exponent": 0.5}, {"importance": "antidiagonal"}, {"slope": True}):
+    for changes in ({"importance": "antidiagonal"}, {"importance": "sampled"}, {"slope": True}):
         assert not psa.whole.at_once(q, k, config.replace(**changes), "auto")
     for changes in ({"bias": "measured"}, {"density": 0.3, "mask_mode": "auto", "bias": "count"}, {"type": "dense"}):
         assert not psa.whole.at_once(q, k, config.replace(**changes), "auto")

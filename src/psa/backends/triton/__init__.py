@@ -3,6 +3,7 @@
 pool → every level of K and V, in one launch
 schedule → each query block's list, in one launch
 select → levels from q and k, in four launches (pool, importance, budget, levels)
+bias → the variance bias of the pyramid's rows, beside the budget or in one launch
 forward, backward → attention over the listed rows, and its gradients
 """
 
@@ -19,6 +20,8 @@ from ...config import MAX_LEVEL, PSAConfig
 from ..base import Selection
 
 LARGEST_ROW = 32768
+LARGEST_SORTED = 2048
+"""KV blocks of a row; of one that is sorted, for ``rank_exponent``."""
 OLDEST = (3, 4)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -77,18 +80,13 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
         reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("nothing to select from")
-    if config.importance != "pooled":
-        reasons.append(f"importance {config.importance!r} has no kernel, only 'pooled' does")
-    if config.bias == "measured":
-        reasons.append("the measured bias has no kernel")
-    if config.rank_exponent:
-        reasons.append("rank_exponent has no kernel")
     if config.importance_cols > MAX_LEVEL:
         reasons.append(f"means over {config.importance_cols} keys are no level of the pyramid")
     if config.block_m // config.importance_rows > 128 or config.block_n // config.importance_cols > 128:
         reasons.append("more than 128 pooled rows per block")
-    if -(-k.shape[2] // config.block_n) > LARGEST_ROW:
-        reasons.append(f"more than {LARGEST_ROW} KV blocks")
+    largest = LARGEST_SORTED if config.rank_exponent else LARGEST_ROW
+    if -(-k.shape[2] // config.block_n) > largest:
+        reasons.append(f"more than {largest} KV blocks")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
     if q.shape[-1] > 256:
@@ -115,14 +113,32 @@ def plan_importance(
     return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask, wanted=wanted)
 
 
-def plan_levels(q: Tensor, k: Tensor, config: PSAConfig, importance: Tensor, **options: Any) -> Tensor:
-    """Levels from importance [B, H, M, N], as :func:`psa.allocate_levels` gives them; three launches at most.
+def plan_levels(
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    importance: Tensor,
+    *,
+    is_causal: bool = False,
+    text_length: int = 0,
+    text_position: str = "last",
+    key_mask: Tensor | None = None,
+    caps: Tensor | None = None,
+    settings: Tensor | None = None,
+) -> Tensor:
+    """Levels from importance [1|B, 1|H, M, N], as :func:`psa.allocate_levels` gives them; three launches at most.
 
-    Options as in :func:`.select.select`: is_causal, text_length, text_position, key_mask, caps, settings.
+    Args:
+        caps: uint8 [B, Hkv, N] from :func:`psa.similarity_cap`.
+        settings: float32 [B, H, 3], each head's own exponent, keep_all and density.
     """
-    from .select import select
+    from .score import row_rules
+    from .select import allocate, cap_indices
 
-    return select(q, k, config, scale=1.0, given=importance, **options)[0]
+    rules = row_rules(config.block_m, config.block_n, is_causal, text_length, text_position, key_mask)
+    source = importance.expand(*q.shape[:2], *importance.shape[2:])
+    caps = None if caps is None else cap_indices(caps)
+    return allocate(source, config, rules, (q.shape[2], k.shape[2]), caps=caps, settings=settings)[0]
 
 
 def plan_and_attend(

@@ -10,6 +10,7 @@ from .call import Call, prepare
 from .common import (
     LN_2,
     finite_softmax_update,
+    head_tile,
     hidden_rows,
     inside,
     lane_bias,
@@ -18,7 +19,7 @@ from .common import (
     load_rows,
     load_whole,
     online_softmax_update,
-    query_tile,
+    program_of_queries,
     rows_of_tile,
     whole_rows,
     whole_tiles,
@@ -40,33 +41,22 @@ def _psa_fwd_kernel(
 
     First the whole level-1 tiles, which need neither bias nor mask, then every other row of the list.
     """
-    tile = tl.program_id(0)
-    if CAUSAL:
-        tile = tl.num_programs(0) - 1 - tile
-    head = tl.program_id(1) % heads
-    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
-    line = (tile * BLOCK_M) // block_m
-    list_line = wide_batch * list_strides[0] + wide_head * list_strides[1] + line
-    list_ptr, ends_ptr = blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS
-    kv_row = (wide_batch * (heads // GROUP) + head // GROUP) * rows
-    keys_ptr += kv_row * D
-    values_ptr += kv_row * D
-    bias_ptr += wide_batch * bias_strides[0] + wide_head * bias_strides[1]
-    if PAIR_BIAS:
-        pair_ptr += wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
-
-    query_row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, wide_batch, wide_head, keys_ptr, values_ptr, bias_ptr, list_ptr, ends_ptr, pair_ptr = program_of_queries(
+        keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, list_strides, bias_strides, pair_strides,
+        heads, blocks, rows, GROUP, D, block_m, LEVELS, BLOCK_M, CAUSAL, PAIR_BIAS,
+    )  # fmt: skip
+    first_row = tile * BLOCK_M
+    query_row = first_row + tl.arange(0, BLOCK_M)
     position = query_row + length_k - length_q
-    q_base = q_ptr + wide_batch * q_strides[0] + wide_head * q_strides[1]
-    exists = inside(tile * BLOCK_M, length_q, BLOCK_M, D, D_PAD)
-    q = tl.load(query_tile(q_base, tile * BLOCK_M, (q_strides[2], q_strides[3]), BLOCK_M, D_PAD), exists, other=0.0)
+    exists = inside(first_row, length_q, BLOCK_M, D, D_PAD)
+    q = tl.load(head_tile(q_ptr, q_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD), exists, other=0.0)
     running_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
 
     done = 0
     if not HAS_MASK:
-        first_position = tile * BLOCK_M + length_k - length_q
+        first_position = first_row + length_k - length_q
         done = whole_tiles(list_ptr, ends_ptr, first_position, length_k, CAUSAL, block_n, WHOLE_N)
         first = whole_rows(0, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
         for t in range(done):
@@ -98,8 +88,7 @@ def _psa_fwd_kernel(
 
     out = acc / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
     lse = tl.where(running_sum > 0, (running_max + tl.log2(tl.maximum(running_sum, 1e-30))) * LN_2, -float("inf"))
-    out_base = out_ptr + wide_batch * out_strides[0] + wide_head * out_strides[1]
-    out_tile = query_tile(out_base, tile * BLOCK_M, (out_strides[2], out_strides[3]), BLOCK_M, D_PAD)
+    out_tile = head_tile(out_ptr, out_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD)
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=exists)
     lse_row = tl.program_id(1).to(tl.int64) * length_q + query_row
     tl.store(lse_ptr + lse_row, lse, mask=query_row < length_q)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bias import BIAS_OPTIONS, RowBias, row_bias
 from .score import HIDDEN, RowRules, head_setting, kept_rows, level_exponent, level_indices, visible_blocks
 
 SAMPLE = 4096
@@ -35,39 +36,19 @@ def _load_keys(keys_ptr, caps_ptr, head, at, total, blocks_n, GROUPS: tl.constex
 
 
 @triton.jit
-def _solve_kernel(
-    keys_ptr,
-    caps_ptr,
-    list_ptr,
-    log_tau_ptr,
-    settings_ptr,
-    heads,
-    length_q,
-    length_k,
-    blocks_m,
-    blocks_n,
-    exponent,
-    keep_all,
-    density,
-    GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    COARSEST: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    CHUNK: tl.constexpr,
+def _solve(
+    program, keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr, heads, length_q, length_k, blocks_m, blocks_n,
+    exponent, keep_all, density, ranked,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, COARSEST: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
     COUNT_CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """log_tau per (batch, head): levels from it keep at most ``density`` of the visible pairs, from any lower one more.
 
     Counts are integers in units of 1/128 of a block pair, so that the result does not depend on the order of sums.
     """
-    program = tl.program_id(0)
     exponent, keep_all, density = head_setting(settings_ptr, program, exponent, keep_all, density, PER_HEAD)
-    lowest = -60.0 * exponent - 2.0
+    lowest = -60.0 * exponent - 31.0 * ranked - 2.0
     span = tl.cast(blocks_m, tl.int64) * blocks_n
     members = heads if SHARED else 1
     total = span * members
@@ -152,6 +133,46 @@ def _solve_kernel(
         tl.store(log_tau_ptr + program, high)
 
 
+@triton.jit
+def _solve_kernel(
+    keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr,
+    rows_ptr, counts_ptr, power_ptr, cap_ptr, bias_ptr, power_out_ptr, cap_out_ptr,
+    heads, length_q, length_k, blocks_m, blocks_n, exponent, keep_all, density, ranked, solvers,
+    power_strides, cap_strides, counts_stride, chunks, blocks, rows, parts, share, limit, half_scale_squared,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, COARSEST: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
+    COUNT_CHUNK: tl.constexpr, VARIANCE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, COLS: tl.constexpr,
+    TOKENS: tl.constexpr, LEVELS: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """:func:`_solve` on the first ``solvers`` programs; with the variance bias, its rows on the others.
+
+    A dozen programs leave most of the GPU idle, so that the bias costs no launch and hardly any time.
+    """
+    program = tl.program_id(0)
+    if program < solvers:
+        _solve(
+            program, keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr, heads, length_q, length_k, blocks_m,
+            blocks_n, exponent, keep_all, density, ranked, GROUPS, SHARED, CAPPED, COARSEST, PER_HEAD, BLOCK_M, BLOCK_N,
+            CAUSAL, SAMPLE, CHUNK, COUNT_CHUNK,
+        )  # fmt: skip
+    elif VARIANCE:
+        row_bias(
+            program - solvers, rows_ptr, counts_ptr, power_ptr, cap_ptr, bias_ptr, power_out_ptr, cap_out_ptr,
+            power_strides, cap_strides, counts_stride, heads, chunks, blocks, rows, parts, share, limit,
+            half_scale_squared, GROUPS, D, D_PAD, COLS, BLOCK_N, TOKENS, LEVELS, PARTS, SUMS,
+        )  # fmt: skip
+
+
+NO_BIAS = dict.fromkeys(
+    ("rows_ptr", "counts_ptr", "power_ptr", "cap_ptr", "bias_ptr", "power_out_ptr", "cap_out_ptr"), None
+) | {
+    "power_strides": (0, 0), "cap_strides": (0, 0), "counts_stride": 0, "chunks": 0, "blocks": 0, "rows": 0, "parts": 0,
+    "share": 0.0, "limit": 0.0, "half_scale_squared": 0.0,
+}  # fmt: skip
+"""Arguments of :func:`row_bias` where there is none."""
+NO_BIAS_CONSTANTS = {"D": 16, "D_PAD": 16, "COLS": 16, "TOKENS": 16, "LEVELS": 1, "PARTS": 1, "SUMS": False}
+
+
 def solve(
     keys: Tensor,
     lengths: tuple[int, int],
@@ -160,9 +181,11 @@ def solve(
     exponent: float,
     keep_all: bool,
     density: float,
+    rank_exponent: float = 0.0,
     share_heads: bool = False,
     settings: Tensor | None = None,
     caps: Tensor | None = None,
+    bias: RowBias | None = None,
 ) -> Tensor:
     """log2(tau) per head, float32 [B, H], for ``keys`` [B, H, M, N] of :func:`.score.encode_shares`.
 
@@ -170,34 +193,25 @@ def solve(
         lengths: tokens of q and of k.
         settings: float32 [B, H, 3], each head's own exponent, keep_all and density, instead of those of the call.
         caps: uint8 [B, Hkv, N], level indices that bound each KV block.
+        bias: the variance bias to write in the same launch.
     """
     batch, heads, blocks_m, blocks_n = keys.shape
     log_tau = torch.empty(batch, heads, dtype=torch.float32, device=keys.device)
     gathered = torch.empty_like(keys)
-    _solve_kernel[(batch if share_heads else batch * heads,)](
-        keys,
-        caps if caps is not None else keys,
-        gathered,
-        log_tau,
-        settings if settings is not None else keys,
-        heads,
-        *lengths,
-        blocks_m,
-        blocks_n,
-        exponent,
-        int(keep_all),
-        density,
-        GROUPS=heads // caps.shape[1] if caps is not None else 1,
-        SHARED=share_heads,
-        CAPPED=caps is not None,
-        COARSEST=level_exponent(rules.block_n),
-        PER_HEAD=settings is not None,
-        BLOCK_M=rules.block_m,
-        BLOCK_N=rules.block_n,
-        CAUSAL=rules.is_causal,
-        SAMPLE=SAMPLE,
-        CHUNK=CHUNK,
-        COUNT_CHUNK=COUNT_CHUNK,
-        num_warps=SOLVE_WARPS,
-    )
+    solvers = batch if share_heads else batch * heads
+    arguments = {"heads": heads, **NO_BIAS, **(bias.arguments if bias else {})}
+    groups = {"GROUPS": heads // caps.shape[1] if caps is not None else 1, "BLOCK_N": rules.block_n}
+    constants = {**groups, **(bias.constants if bias else NO_BIAS_CONSTANTS)}
+    _solve_kernel[(solvers + (bias.programs if bias else 0),)](
+        keys, caps, gathered, log_tau, settings, length_q=lengths[0], length_k=lengths[1], blocks_m=blocks_m,
+        blocks_n=blocks_n, exponent=exponent, keep_all=int(keep_all), density=density, ranked=rank_exponent,
+        solvers=solvers, **arguments, **constants, SHARED=share_heads, CAPPED=caps is not None,
+        COARSEST=level_exponent(rules.block_n), PER_HEAD=settings is not None, BLOCK_M=rules.block_m,
+        CAUSAL=rules.is_causal, SAMPLE=SAMPLE, CHUNK=CHUNK, COUNT_CHUNK=COUNT_CHUNK, VARIANCE=bias is not None,
+        **solve_options(bias is not None),
+    )  # fmt: skip
     return log_tau
+
+
+def solve_options(variance: bool) -> dict[str, int]:
+    return BIAS_OPTIONS if variance else {"num_warps": SOLVE_WARPS}

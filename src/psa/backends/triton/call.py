@@ -9,6 +9,7 @@ from torch import Tensor
 from ...config import MAX_LEVEL
 from ..base import Selection
 from .autotune import Run, tuned
+from .bias import bias_from_power
 from .pool import Pyramid, build_pyramid
 from .schedule import build_schedule
 from .tune import has_extras, launch_for, padded
@@ -85,16 +86,11 @@ def broadcast_strides(x: Tensor, unit: int = 1) -> tuple[int, int]:
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Call:
-    """Pools K and V and lists each query block's KV blocks: two launches."""
+    """Pools K and V and lists each query block's KV blocks: two launches, three with the variance bias."""
+    pyramid = build_pyramid(k, v, selection.block_n, key_mask=selection.key_mask)
+    if selection.query_power is not None:
+        power, cap = selection.query_power, selection.bias_cap
+        cap = power.new_full((1, 1), float("inf")) if cap is None else cap
+        pyramid = bias_from_power(pyramid, selection.block_n, power, cap, q.shape[1], selection.scale).run()
     levels = min(selection.block_n, MAX_LEVEL).bit_length()
-    mask = selection.key_mask
-    pyramid = build_pyramid(
-        k,
-        v,
-        selection.block_n,
-        key_mask=None if mask is None else mask.contiguous(),
-        query_power=selection.query_power,
-        bias_cap=selection.bias_cap,
-        scale=selection.scale,
-    )
     return Call(q, selection, pyramid, *build_schedule(selection.levels, levels))

@@ -103,12 +103,47 @@ def query_tile(base, first, strides, ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def head_tile(base, strides, batch, head, first, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """The same of a strided [B, H, L, D], for one of its heads."""
+    return query_tile(base + batch * strides[0] + head * strides[1], first, (strides[2], strides[3]), ROWS, D_PAD)
+
+
+@triton.jit
 def inside(first, length, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Which elements of such a tile exist: [ROWS, D_PAD]."""
     rows = (tl.arange(0, ROWS) < length - first)[:, None]
     if D == D_PAD:
         return tl.broadcast_to(rows, (ROWS, D_PAD))
     return rows & (tl.arange(0, D_PAD) < D)[None, :]
+
+
+@triton.jit
+def program_of_queries(
+    keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, list_strides, bias_strides, pair_strides,
+    heads, blocks, rows, GROUP: tl.constexpr, D: tl.constexpr, block_m: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, PAIR_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What a program of BLOCK_M query rows works on; its grid is (query tiles, B * H).
+
+    Returns:
+        The tile (causal ones with the most work first), batch and head (64-bit), then its head's keys, values and row
+        biases, and its query block's list, ends and pair biases.
+    """
+    tile = tl.program_id(0)
+    if CAUSAL:
+        tile = tl.num_programs(0) - 1 - tile
+    head = tl.program_id(1) % heads
+    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
+    line = (tile * BLOCK_M) // block_m
+    list_line = wide_batch * list_strides[0] + wide_head * list_strides[1] + line
+    kv_row = (wide_batch * (heads // GROUP) + head // GROUP) * rows
+    bias_ptr += wide_batch * bias_strides[0] + wide_head * bias_strides[1]
+    if PAIR_BIAS:
+        pair_ptr += wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
+    return (
+        tile, wide_batch, wide_head, keys_ptr + kv_row * D, values_ptr + kv_row * D, bias_ptr,
+        blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS, pair_ptr,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from .call import Call, broadcast_strides, prepare
 from .common import (
     LN_2,
     LOG2_E,
+    head_tile,
     hidden_rows,
     inside,
     lane_bias,
@@ -22,7 +23,7 @@ from .common import (
     level_table,
     load_rows,
     load_whole,
-    query_tile,
+    program_of_queries,
     rows_of_tile,
     whole_rows,
     whole_tiles,
@@ -46,10 +47,8 @@ def _psa_bwd_delta_kernel(
     wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     exists = inside(first, length, BLOCK_M, D, D_PAD)
-    grad_base = grad_out_ptr + wide_batch * grad_strides[0] + wide_head * grad_strides[1]
-    out_base = out_ptr + wide_batch * out_strides[0] + wide_head * out_strides[1]
-    grad_tile = query_tile(grad_base, first, (grad_strides[2], grad_strides[3]), BLOCK_M, D_PAD)
-    out_tile = query_tile(out_base, first, (out_strides[2], out_strides[3]), BLOCK_M, D_PAD)
+    grad_tile = head_tile(grad_out_ptr, grad_strides, wide_batch, wide_head, first, BLOCK_M, D_PAD)
+    out_tile = head_tile(out_ptr, out_strides, wide_batch, wide_head, first, BLOCK_M, D_PAD)
     grad = tl.load(grad_tile, mask=exists, other=0.0).to(tl.float32)
     out = tl.load(out_tile, mask=exists, other=0.0).to(tl.float32)
     delta = tl.sum(grad * out, 1)
@@ -74,28 +73,16 @@ def _psa_bwd_dq_kernel(
     PAIR_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M query rows; the walk over the list is forward's."""
-    tile = tl.program_id(0)
-    if CAUSAL:
-        tile = tl.num_programs(0) - 1 - tile
-    head = tl.program_id(1) % heads
-    wide_batch, wide_head = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
-    line = (tile * BLOCK_M) // block_m
-    list_line = wide_batch * list_strides[0] + wide_head * list_strides[1] + line
-    list_ptr, ends_ptr = blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS
-    kv_row = (wide_batch * (heads // GROUP) + head // GROUP) * rows
-    keys_ptr += kv_row * D
-    values_ptr += kv_row * D
-    bias_ptr += wide_batch * bias_strides[0] + wide_head * bias_strides[1]
-    if PAIR_BIAS:
-        pair_ptr += wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
-
-    query_row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, wide_batch, wide_head, keys_ptr, values_ptr, bias_ptr, list_ptr, ends_ptr, pair_ptr = program_of_queries(
+        keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, list_strides, bias_strides, pair_strides,
+        heads, blocks, rows, GROUP, D, block_m, LEVELS, BLOCK_M, CAUSAL, PAIR_BIAS,
+    )  # fmt: skip
+    first_row = tile * BLOCK_M
+    query_row = first_row + tl.arange(0, BLOCK_M)
     position = query_row + length_k - length_q
-    exists = inside(tile * BLOCK_M, length_q, BLOCK_M, D, D_PAD)
-    q_base = q_ptr + wide_batch * q_strides[0] + wide_head * q_strides[1]
-    q = tl.load(query_tile(q_base, tile * BLOCK_M, (q_strides[2], q_strides[3]), BLOCK_M, D_PAD), exists, other=0.0)
-    grad_base = grad_out_ptr + wide_batch * grad_out_strides[0] + wide_head * grad_out_strides[1]
-    grad_tile = query_tile(grad_base, tile * BLOCK_M, (grad_out_strides[2], grad_out_strides[3]), BLOCK_M, D_PAD)
+    exists = inside(first_row, length_q, BLOCK_M, D, D_PAD)
+    q = tl.load(head_tile(q_ptr, q_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD), exists, other=0.0)
+    grad_tile = head_tile(grad_out_ptr, grad_out_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD)
     grad_out = tl.load(grad_tile, mask=exists, other=0.0)
     row_base = tl.program_id(1).to(tl.int64) * length_q + query_row
     log2_lse = tl.load(log2_lse_ptr + row_base, mask=query_row < length_q, other=float("inf"))
@@ -104,7 +91,7 @@ def _psa_bwd_dq_kernel(
 
     done = 0
     if not HAS_MASK:
-        first_position = tile * BLOCK_M + length_k - length_q
+        first_position = first_row + length_k - length_q
         done = whole_tiles(list_ptr, ends_ptr, first_position, length_k, CAUSAL, block_n, WHOLE_N)
         first = whole_rows(0, list_ptr, done, block_n, LOG2_BLOCK, WHOLE_N)
         for t in range(done):
@@ -136,8 +123,7 @@ def _psa_bwd_dq_kernel(
         grad_scores = weights * (grad_weights - delta[:, None])
         acc = tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    grad_q_base = grad_q_ptr + wide_batch * grad_q_strides[0] + wide_head * grad_q_strides[1]
-    grad_q_tile = query_tile(grad_q_base, tile * BLOCK_M, (grad_q_strides[2], grad_q_strides[3]), BLOCK_M, D_PAD)
+    grad_q_tile = head_tile(grad_q_ptr, grad_q_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD)
     tl.store(grad_q_tile, (acc * (scale_log2 * LN_2)).to(grad_q_ptr.dtype.element_ty), mask=exists)
 
 

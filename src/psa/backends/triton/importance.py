@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import RowRules, encode_shares
+from .rank import store_ranked_keys
+from .score import RowRules, encode_shares, row_width
+from .tune import padded
 
 LOG2E = math.log2(math.e)
 MAX_ROWS = 64
@@ -22,49 +24,28 @@ WIDTH = 32
 
 
 @triton.jit
-def _mean_queries(
-    q_ptr,
-    stride_l,
-    stride_d,
-    first_row,
-    length_q,
-    head_dim: tl.constexpr,
-    ROWS: tl.constexpr,
-    POOL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Means over POOL consecutive query rows: float32 [ROWS, BLOCK_D], zeros where no row is real."""
-    # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
-    q_ptr += first_row * stride_l
-    left = (length_q - first_row).to(tl.int32)
+def _sum_queries(
+    q_ptr, stride_l, stride_d, left, head_dim: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_D: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Sums over POOL consecutive query rows, or of their squares: float32 [ROWS, BLOCK_D]. ``left`` rows are real."""
     rows = tl.arange(0, ROWS) * POOL
     channels = tl.arange(0, BLOCK_D)
     offsets = rows[:, None] * stride_l + channels[None, :] * stride_d
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(POOL):
         real = (rows + i < left)[:, None] & (channels < head_dim)[None, :]
-        total += tl.load(q_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        queries = tl.load(q_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        total += queries * queries if SQUARES else queries
         q_ptr += stride_l
-    count = tl.minimum(tl.maximum(left - rows, 1), POOL)
-    return total / count.to(tl.float32)[:, None]
+    return total
 
 
 @triton.jit
 def _pool_keys_kernel(
-    k_ptr,
-    mask_ptr,
-    pooled_ptr,
-    k_strides,
-    mask_stride,
-    heads,
-    length_k,
-    pooled_rows,
-    head_dim: tl.constexpr,
-    POOL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    k_ptr, mask_ptr, pooled_ptr, k_strides, mask_strides, heads, length_k, pooled_rows,
+    head_dim: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Means over POOL consecutive real keys, for plans made apart from attention. Grid (row tiles, B * Hkv)."""
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
@@ -77,7 +58,8 @@ def _pool_keys_kernel(
         token = rows.to(tl.int64) * POOL + i
         real = token < length_k
         if MASKED:
-            real = real & (tl.load(mask_ptr + batch * mask_stride + token, mask=real, other=0) != 0)
+            at = batch * mask_strides[0] + token * mask_strides[1]
+            real = real & (tl.load(mask_ptr + at, mask=real, other=0) != 0)
         offsets = token[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
         inside = real[:, None] & (channels < head_dim)[None, :]
         total += tl.load(k_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -88,53 +70,30 @@ def _pool_keys_kernel(
 
 
 @triton.jit
-def _real_counts(mask_ptr, keys, length_k, COLS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+def _real_counts(mask_ptr, stride, keys, length_k, COLS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
     """Real tokens in each group of COLS keys: int32 [KEYS]."""
     if MASKED:
         tokens = keys[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        real = tl.load(mask_ptr + tokens, mask=tokens < length_k, other=0)
+        real = tl.load(mask_ptr + tokens * stride, mask=tokens < length_k, other=0)
         return tl.sum((real != 0).to(tl.int32), axis=1)
     return tl.minimum(tl.maximum(length_k - keys * COLS, 0), COLS)
 
 
 @triton.jit
 def _importance_kernel(
-    q_ptr,
-    k_ptr,
-    mask_ptr,
-    out_ptr,
-    sums_ptr,
-    peaks_ptr,
-    first_real_ptr,
-    wanted_ptr,
-    q_strides,
-    k_strides,
-    mask_stride,
-    length_q,
-    length_k,
-    blocks_m,
-    blocks_n,
-    work_items,
-    text_length,
-    scale_log2,
-    exponent,
-    head_dim: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    POOL: tl.constexpr,
-    COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    ENCODE: tl.constexpr,
-    TEXT_FIRST: tl.constexpr,
-    CHOOSY: tl.constexpr,
-):
+    q_ptr, k_ptr, mask_ptr, out_ptr, sums_ptr, peaks_ptr, power_ptr, first_real_ptr, wanted_ptr,
+    q_strides, k_strides, mask_strides, length_q, length_k, blocks_m, blocks_n, work_items, text_length,
+    scale_log2, exponent, rank_exponent,
+    head_dim: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POOL: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ENCODE: tl.constexpr, TEXT_FIRST: tl.constexpr,
+    POWER: tl.constexpr, RANKED: tl.constexpr, CHOOSY: tl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as run together; each takes every so many-th group of query blocks.
+
+    With RANKED, which is the width of a whole row, keys take a block's place in its row into account. With POWER, the
+    sums of the queries' squares are left behind, one per group: float32 [B, H, groups, D].
+    """
     PER_M: tl.constexpr = BLOCK_M // POOL
     PER_N: tl.constexpr = BLOCK_N // COLS
     TILE_M: tl.constexpr = ROWS // PER_M
@@ -152,17 +111,18 @@ def _importance_kernel(
         head = (item // groups_m % HEADS).to(tl.int64)
         batch = (item // groups_m // HEADS).to(tl.int64)
         first_row = group.to(tl.int64) * TILE_M * BLOCK_M
-        queries = _mean_queries(
-            q_ptr + batch * q_strides[0] + head * q_strides[1],
-            q_strides[2],
-            q_strides[3],
-            first_row,
-            length_q,
-            head_dim,
-            ROWS,
-            POOL,
-            BLOCK_D,
-        ).to(k_ptr.dtype.element_ty)
+        # 64-bit only to the first row: the rows of one program span little, and narrow offsets save registers.
+        tile_q = q_ptr + batch * q_strides[0] + head * q_strides[1] + first_row * q_strides[2]
+        left = (length_q - first_row).to(tl.int32)
+        channels = tl.arange(0, BLOCK_D)
+        if POWER:
+            # A pass of its own: both sums at once take more registers than there are.
+            squares = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, True)
+            at = ((batch * HEADS + head) * groups_m + group) * head_dim
+            tl.store(power_ptr + at + channels, tl.sum(squares, axis=0), mask=channels < head_dim)
+        queries = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, False)
+        count = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
+        queries = (queries / count.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
         last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
         real_row = first_row + row * POOL < length_q
         stop = tiles
@@ -174,14 +134,16 @@ def _importance_kernel(
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         k_head = k_ptr + batch * k_strides[0] + (head // GROUPS) * k_strides[1]
-        channels = tl.arange(0, BLOCK_D)
         k_offsets = tl.arange(0, KEYS)[:, None] * k_strides[2] + channels[None, :] * k_strides[3]
         for tile in range(0, stop):
             keys = tile * KEYS + tl.arange(0, KEYS)
             in_range = (keys < pooled_k)[:, None] & (channels < head_dim)[None, :]
             tile_ptr = k_head + tile * (KEYS * k_strides[2])
             pooled = tl.load(tile_ptr + k_offsets, mask=in_range, other=0.0)
-            count = _real_counts(mask_ptr + batch * mask_stride, keys, length_k, COLS, KEYS, MASKED)
+            count = _real_counts(
+                mask_ptr + batch * mask_strides[0] if MASKED else mask_ptr, mask_strides[1], keys, length_k, COLS, KEYS,
+                MASKED,
+            )  # fmt: skip
             bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
             logits = tl.dot(queries, tl.trans(pooled), input_precision="tf32x3") * scale_log2 + bias[None, :]
             if CAUSAL:
@@ -203,6 +165,7 @@ def _importance_kernel(
         rows_seen = tl.sum(tl.reshape(seen.to(tl.float32), (TILE_M, PER_M)), axis=1)
         m = group * TILE_M + tl.arange(0, TILE_M)
         line = (batch * HEADS + head) * blocks_m + m
+        first_real = tl.load(first_real_ptr + batch) if MASKED and CAUSAL and ENCODE else 0
         for start in range(0, blocks_n, WIDTH):
             n = start + tl.arange(0, WIDTH)
             written = n < stop * TILE_N
@@ -210,26 +173,36 @@ def _importance_kernel(
             then = tl.load(peaks_ptr + row[:, None] * tiles + n[None, :] // TILE_N, mask=written[None, :], other=0.0)
             share = part * tl.exp2(then - peak[:, None]) * weight[:, None]
             share = tl.sum(tl.reshape(share, (TILE_M, PER_M, WIDTH)), axis=1) / tl.maximum(rows_seen, 1.0)[:, None]
-            if ENCODE:
+            if ENCODE and not RANKED:
                 share = encode_shares(
-                    share,
-                    (rows_seen > 0)[:, None],
-                    m[:, None],
-                    n[None, :],
-                    tl.load(first_real_ptr + batch) if MASKED else 0,
-                    length_q,
-                    length_k,
-                    blocks_n,
-                    text_length,
-                    exponent,
-                    BLOCK_M,
-                    BLOCK_N,
-                    CAUSAL,
-                    TEXT_FIRST,
-                )
+                    share, (rows_seen > 0)[:, None], m[:, None], n[None, :], first_real, length_q, length_k, blocks_n,
+                    text_length, exponent, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST,
+                )  # fmt: skip
             inside = (m < blocks_m)[:, None] & (n < blocks_n)[None, :]
             tl.store(out_ptr + line[:, None] * blocks_n + n[None, :], share, mask=inside)
         tl.debug_barrier()
+        if ENCODE and RANKED:
+            for block in range(group * TILE_M, tl.minimum((group + 1) * TILE_M, blocks_m)):
+                _rank_row(
+                    out_ptr + ((batch * HEADS + head) * blocks_m + block) * blocks_n, block, first_real, length_q,
+                    length_k, blocks_n, text_length, exponent, rank_exponent, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST,
+                    RANKED,
+                )  # fmt: skip
+
+
+@triton.jit
+def _rank_row(
+    row_ptr, m, first_real, length_q, length_k, blocks_n, text_length, exponent, rank_exponent,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TEXT_FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Turns a row of importance, which this program has written, into keys."""
+    n = tl.arange(0, WIDTH)
+    weight = tl.load(row_ptr + n, mask=n < blocks_n, other=0.0)
+    tl.debug_barrier()
+    store_ranked_keys(
+        weight, row_ptr, m, n, first_real, length_q, length_k, blocks_n, text_length, exponent, rank_exponent,
+        BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST,
+    )  # fmt: skip
 
 
 def importance(
@@ -242,7 +215,8 @@ def importance(
     cols: int,
     scale: float,
     key_mask: Tensor | None = None,
-    encode: float | None = None,
+    encode: tuple[float, float] | None = None,
+    power: Tensor | None = None,
     wanted: Tensor | None = None,
 ) -> Tensor:
     """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows of sum one or zero.
@@ -251,14 +225,19 @@ def importance(
         q: [B, H, Lq, D], any strides.
         pooled_k: [B, Hkv, ceil(length_k / cols), D], means over ``cols`` real keys (rows of the pyramid), any strides.
         rows, cols: query rows and key rows averaged into one.
-        encode: return keys of proportional mode instead (see :func:`.score.encode_shares`), with this exponent.
+        encode: return keys of proportional mode instead (see :func:`.score.encode_shares`), with this exponent and
+            rank exponent.
+        power: float32 [B, H, :func:`power_parts`, D], takes the sums of the queries' squares.
         wanted: bool [B, H], heads that are to be scored; the others get 0.
     """
     batch, heads, length_q, head_dim = q.shape
     blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
     per_m, per_n = rules.block_m // rows, rules.block_n // cols
     single = q.dtype == torch.float32
-    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single)
+    exponent, rank_exponent = encode or (1.0, 0.0)
+    ranked = rank_exponent != 0.0
+    extras = ranked or power is not None
+    tile_rows, keys, warps, stages = tiling(rules.block_m, rules.block_n, rows, cols, head_dim, single, extras)
     work = batch * heads * -(-blocks_m // (tile_rows // per_m))
     programs = min(work, 2 * _processors(q.device))
     tiles = -(-blocks_n * per_n // keys)
@@ -267,45 +246,23 @@ def importance(
     peaks = torch.empty(programs, tile_rows, tiles, dtype=torch.float32, device=q.device)
     masked = key_mask is not None
     _importance_kernel[(programs,)](
-        q,
-        pooled_k,
-        key_mask.contiguous().view(torch.uint8) if masked else q,
-        out,
-        sums,
-        peaks,
-        rules.first_real if rules.first_real is not None else q,
-        wanted.contiguous().view(torch.uint8) if wanted is not None else q,
-        q.stride(),
-        pooled_k.stride(),
-        length_k if masked else 0,
-        length_q,
-        length_k,
-        blocks_m,
-        blocks_n,
-        work,
-        rules.text_length,
-        scale * LOG2E,
-        1.0 if encode is None else encode,
-        head_dim,
-        HEADS=heads,
-        GROUPS=heads // pooled_k.shape[1],
-        BLOCK_M=rules.block_m,
-        BLOCK_N=rules.block_n,
-        POOL=rows,
-        COLS=cols,
-        ROWS=tile_rows,
-        KEYS=keys,
-        WIDTH=WIDTH,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        CAUSAL=rules.is_causal,
-        MASKED=masked,
-        ENCODE=encode is not None,
-        TEXT_FIRST=rules.text_first,
+        q, pooled_k, key_mask.view(torch.uint8) if masked else None, out, sums, peaks, power, rules.first_real,
+        wanted.contiguous().view(torch.uint8) if wanted is not None else None,
+        q.stride(), pooled_k.stride(), key_mask.stride() if masked else (0, 1), length_q, length_k, blocks_m, blocks_n,
+        work, rules.text_length, scale * LOG2E, exponent, rank_exponent,
+        head_dim, HEADS=heads, GROUPS=heads // pooled_k.shape[1], BLOCK_M=rules.block_m, BLOCK_N=rules.block_n,
+        POOL=rows, COLS=cols, ROWS=tile_rows, KEYS=keys, WIDTH=WIDTH, BLOCK_D=padded(head_dim),
+        CAUSAL=rules.is_causal, MASKED=masked, ENCODE=encode is not None, TEXT_FIRST=rules.text_first,
+        POWER=power is not None, RANKED=row_width(blocks_n) if ranked else 0,
         CHOOSY=wanted is not None,
-        num_warps=warps,
-        num_stages=stages,
-    )
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out
+
+
+def power_parts(length_q: int, block_m: int, rows: int) -> int:
+    """Groups of query blocks whose squares :func:`importance` sums."""
+    return -(-length_q // (max(block_m // rows, MAX_ROWS) * rows))
 
 
 def pool_keys(k: Tensor, cols: int, key_mask: Tensor | None = None) -> Tensor:
@@ -314,29 +271,23 @@ def pool_keys(k: Tensor, cols: int, key_mask: Tensor | None = None) -> Tensor:
     pooled = k.new_empty(batch, heads, -(-length // cols), dim)
     masked = key_mask is not None
     _pool_keys_kernel[(triton.cdiv(pooled.shape[2], 64), batch * heads)](
-        k,
-        key_mask.contiguous().view(torch.uint8) if masked else k,
-        pooled,
-        k.stride(),
-        length if masked else 0,
-        heads,
-        length,
-        pooled.shape[2],
-        head_dim=dim,
-        POOL=cols,
-        ROWS=64,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        MASKED=masked,
-        num_warps=POOL_WARPS,
-    )
+        k, key_mask.view(torch.uint8) if masked else None, pooled, k.stride(), key_mask.stride() if masked else (0, 1),
+        heads, length, pooled.shape[2],
+        head_dim=dim, POOL=cols, ROWS=64, BLOCK_D=padded(dim), MASKED=masked, num_warps=POOL_WARPS,
+    )  # fmt: skip
     return pooled
 
 
-def tiling(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> tuple[int, int, int, int]:
-    """Pooled query rows and pooled keys per tile, warps, and pipeline stages; ``single``: float32 operands."""
+def tiling(
+    block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool, extras: bool
+) -> tuple[int, int, int, int]:
+    """Pooled query rows and pooled keys per tile, warps, and pipeline stages.
+
+    ``single``: float32 operands; ``extras``: rows are sorted or squares summed, which spills with 4 warps.
+    """
     tile_rows = max(block_m // rows, MAX_ROWS)
     keys = max(block_n // cols, 32 if single else 64)
-    return tile_rows, keys, max(8 if single or dim > 128 else 4, tile_rows // 16), 2
+    return tile_rows, keys, max(8 if single or extras or dim > 128 else 4, tile_rows // 16), 2
 
 
 def _processors(device: torch.device) -> int:

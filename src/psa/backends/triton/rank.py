@@ -1,7 +1,9 @@
-"""The published modes without a sort: a radix search over the bits of a row finds any quantile (METHOD §3)."""
+"""Places in a row's descending order: quantiles by a radix search over bits (METHOD §3), all places by a sort."""
 
 import triton
 import triton.language as tl
+
+from .score import HIDDEN, PINNED, is_pinned, log_keys, visible_blocks
 
 FIXED = tl.constexpr(2.0**52)
 
@@ -81,3 +83,25 @@ def rank_indices(
         end = tl.maximum(end, start)
         index = tl.where((index == 8) & _largest(key, end), EXPONENTS[i], index)
     return index
+
+
+@triton.jit
+def store_ranked_keys(
+    weight, keys_ptr, m, n, first_real, length_q, length_k, blocks_n, text_length, exponent, rank_exponent,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TEXT_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Keys of one row in proportional mode with ``rank_exponent``: a share counts divided by a power of its place.
+
+    One sort of (share, place of the pair) in a 64-bit number each; a sorted element knows where its key goes.
+    """
+    seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
+    share = normalised(weight, n < seen)
+    pinned = is_pinned(m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST)
+    bits = tl.where((n < seen) & (pinned == 0), share.to(tl.int32, bitcast=True), -1)
+    ordered = tl.sort((bits.to(tl.int64) << 32) | (0x7FFFFFFF - n), descending=True)
+    bits = (ordered >> 32).to(tl.int32)
+    index = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
+    key = log_keys(tl.maximum(bits, 0).to(tl.float32, bitcast=True), m, index, blocks_n, exponent)
+    key -= rank_exponent * tl.log2((n + 1).to(tl.float32))
+    key = tl.where(bits >= 0, key, tl.where(index < seen, PINNED, HIDDEN))
+    tl.store(keys_ptr + index, key, mask=index < blocks_n)

@@ -20,7 +20,8 @@ class RowRules:
     """Visibility and pins (see :func:`psa.allocate.block_mask`), as numbers that kernels take.
 
     Attributes:
-        first_real: int32 [B], the first KV block with a real key; None without a key mask (block 0).
+        first_real: int32 [B], the first KV block with a real key, which causal calls pin; None without a key mask
+            (block 0).
     """
 
     block_m: int
@@ -34,9 +35,9 @@ class RowRules:
 def row_rules(
     block_m: int, block_n: int, is_causal: bool, text_length: int, text_position: str, key_mask: Tensor | None
 ) -> RowRules:
-    """The rules of a call; one small reduction over ``key_mask`` [B, Lk] where there is one."""
+    """The rules of a call; one small reduction over ``key_mask`` [B, Lk] where causality asks for its first key."""
     first_real = None
-    if key_mask is not None:
+    if key_mask is not None and is_causal:
         first_real = (key_mask.to(torch.uint8).argmax(dim=-1) // block_n).to(torch.int32)
     return RowRules(block_m, block_n, is_causal, text_length, text_position == "first", first_real)
 
@@ -52,17 +53,9 @@ def visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M: tl.constexpr, BLOCK
 
 @triton.jit
 def is_pinned(
-    m,
-    n,
-    first_real,
-    length_q,
-    length_k,
-    text_length,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    TEXT_FIRST: tl.constexpr,
-):
+    m, n, first_real, length_q, length_k, text_length,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TEXT_FIRST: tl.constexpr,
+):  # fmt: skip
     """Whether a visible pair must stay at level 1: text, the causal diagonal, the first block with a real key."""
     if TEXT_FIRST:
         pinned = (m * BLOCK_M < text_length) | (n * BLOCK_N < text_length)
@@ -77,29 +70,25 @@ def is_pinned(
 
 
 @triton.jit
+def log_keys(share, m, n, blocks_n, exponent):
+    """``exponent * log2(share)`` plus the tie-break of :func:`psa.allocate.proportional`."""
+    key = exponent * tl.log2(tl.maximum(share, LEAST_SHARE))
+    step = tl.cast(m, tl.int64) * blocks_n + n
+    return key + ((step * GOLDEN) >> 40 & 0xFFFFFF).to(tl.float32) * (2.0**-30)
+
+
+@triton.jit
 def encode_shares(
-    share,
-    has_mass,
-    m,
-    n,
-    first_real,
-    length_q,
-    length_k,
-    blocks_n,
-    text_length,
-    exponent,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    TEXT_FIRST: tl.constexpr,
-):
-    """Keys of proportional mode: ``exponent * log2(share)`` plus the tie-break of :func:`psa.allocate.proportional`;
-    PINNED and HIDDEN for pairs whose level is fixed. Rows without mass count as uniform."""
+    share, has_mass, m, n, first_real, length_q, length_k, blocks_n, text_length, exponent,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TEXT_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Keys of proportional mode: :func:`log_keys`, PINNED and HIDDEN for pairs whose level is fixed.
+
+    Rows without mass count as uniform.
+    """
     seen = visible_blocks(m, length_q, length_k, blocks_n, BLOCK_M, BLOCK_N, CAUSAL)
     share = tl.where(has_mass, share, 1.0 / tl.maximum(seen, 1).to(tl.float32))
-    key = exponent * tl.log2(tl.maximum(share, LEAST_SHARE))
-    step = m.to(tl.int64) * blocks_n + n
-    key += ((step * GOLDEN) >> 40 & 0xFFFFFF).to(tl.float32) * (2.0**-30)
+    key = log_keys(share, m, n, blocks_n, exponent)
     pinned = is_pinned(m, n, first_real, length_q, length_k, text_length, BLOCK_M, BLOCK_N, CAUSAL, TEXT_FIRST)
     return tl.where(n < seen, tl.where(pinned, PINNED, key), HIDDEN)
 
@@ -133,3 +122,8 @@ def kept_rows(index):
 
 def level_exponent(block_n: int, most: int = 128) -> int:
     return int(math.log2(min(block_n, most)))
+
+
+def row_width(blocks_n: int) -> int:
+    """Lanes that hold one row of block pairs."""
+    return max(16, triton.next_power_of_2(blocks_n))

@@ -32,39 +32,35 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-FORWARD = {
-    ("hopper", 64): Launch(128, 64, 128, 8, 3),
-    ("hopper", 128): Launch(128, 64, 128, 8, 2),
-    ("hopper", 256): Launch(64, 32, 32, 8, 2),
-    ("blackwell", 64): Launch(128, 64, 128, 8, 2),
-    ("blackwell", 128): Launch(128, 64, 64, 8, 3),
-    ("blackwell", 256): Launch(64, 32, 32, 8, 2),
-    ("mma", 64): Launch(128, 64, 64, 8, 2),
-    ("mma", 128): Launch(128, 64, 64, 8, 3),
-    ("mma", 256): Launch(64, 32, 32, 8, 2),
+WIDTHS = (64, 128, 256)
+"""Head dimensions, padded, that tables have a launch for."""
+
+
+def by_width(*launches: tuple[int, int, int, int, int]) -> dict[int, Launch]:
+    return {width: Launch(*launch) for width, launch in zip(WIDTHS, launches, strict=True)}
+
+
+TABLES = {
+    "forward": {
+        "hopper": by_width((128, 64, 128, 8, 3), (128, 64, 128, 8, 2), (64, 32, 32, 8, 2)),
+        "blackwell": by_width((128, 64, 128, 8, 2), (128, 64, 64, 8, 3), (64, 32, 32, 8, 2)),
+        "mma": by_width((128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 32, 32, 8, 2)),
+        "float32": by_width((64, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 16, 16, 8, 1)),
+    },
+    "grad_queries": {
+        "hopper": by_width((128, 64, 64, 8, 2), (128, 64, 64, 8, 2), (64, 32, 32, 8, 2)),
+        "blackwell": by_width((128, 32, 32, 8, 2), (128, 64, 64, 8, 2), (64, 32, 32, 8, 2)),
+        "mma": by_width((64, 32, 32, 8, 2), (64, 32, 64, 4, 2), (32, 32, 32, 4, 2)),
+        "float32": by_width((16, 32, 32, 8, 2), (32, 16, 16, 8, 2), (16, 16, 16, 8, 1)),
+    },
+    "grad_rows": {
+        "hopper": by_width((64, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 32, 32, 8, 2)),
+        "blackwell": by_width((64, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 32, 32, 8, 2)),
+        "mma": by_width((32, 64, 64, 8, 2), (32, 64, 64, 8, 2), (32, 32, 32, 8, 2)),
+        "float32": by_width((16, 32, 32, 8, 2), (16, 32, 32, 8, 2), (16, 16, 16, 8, 1)),
+    },
 }
-GRAD_QUERIES = {
-    ("hopper", 64): Launch(128, 64, 64, 8, 2),
-    ("hopper", 128): Launch(128, 64, 64, 8, 2),
-    ("hopper", 256): Launch(64, 32, 32, 8, 2),
-    ("blackwell", 64): Launch(128, 32, 32, 8, 2),
-    ("blackwell", 128): Launch(128, 64, 64, 8, 2),
-    ("blackwell", 256): Launch(64, 32, 32, 8, 2),
-    ("mma", 64): Launch(64, 32, 32, 8, 2),
-    ("mma", 128): Launch(64, 32, 64, 4, 2),
-    ("mma", 256): Launch(32, 32, 32, 4, 2),
-}
-GRAD_ROWS = {
-    ("hopper", 64): Launch(64, 64, 64, 8, 2),
-    ("hopper", 128): Launch(64, 64, 64, 8, 2),
-    ("hopper", 256): Launch(32, 32, 32, 8, 2),
-    ("blackwell", 64): Launch(64, 64, 64, 8, 2),
-    ("blackwell", 128): Launch(64, 64, 64, 8, 2),
-    ("blackwell", 256): Launch(32, 32, 32, 8, 2),
-    ("mma", 64): Launch(32, 64, 64, 8, 2),
-    ("mma", 128): Launch(32, 64, 64, 8, 2),
-    ("mma", 256): Launch(32, 32, 32, 8, 2),
-}
+"""Kernel, matrix instructions of the GPU (:func:`family`) or float32 inputs, head dimension."""
 EXTRAS = {
     ("forward", "mma", 64): Launch(64, 64, 64, 8, 2),
     ("forward", "mma", 128): Launch(64, 64, 64, 8, 2),
@@ -74,12 +70,6 @@ EXTRAS = {
     ("grad_rows", "mma", 128): Launch(16, 64, 64, 8, 2),
 }
 """Instead of the above where options take the registers that it leaves free (see :func:`has_extras`)."""
-FLOAT32 = {
-    "forward": {64: Launch(64, 32, 32, 8, 2), 128: Launch(32, 32, 32, 8, 2), 256: Launch(32, 16, 16, 8, 1)},
-    "grad_queries": {64: Launch(16, 32, 32, 8, 2), 128: Launch(32, 16, 16, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
-    "grad_rows": {64: Launch(16, 32, 32, 8, 2), 128: Launch(16, 32, 32, 8, 2), 256: Launch(16, 16, 16, 8, 1)},
-}
-TABLES = {"forward": FORWARD, "grad_queries": GRAD_QUERIES, "grad_rows": GRAD_ROWS}
 
 
 def family(capability: int) -> str:
@@ -104,9 +94,9 @@ def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_
     """
     wide, kind = max(64, padded(dim)), family(capability)
     if itemsize == 4:
-        launch = FLOAT32[kernel][wide]
+        launch = TABLES[kernel]["float32"][wide]
     else:
-        launch = TABLES[kernel][kind, wide]
+        launch = TABLES[kernel][kind][wide]
         launch = EXTRAS.get((kernel, kind, wide), launch) if extras else launch
     return replace(launch, BLOCK_M=min(launch.BLOCK_M, block_m & -block_m))
 

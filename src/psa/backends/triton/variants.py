@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attend import _psa_fwd_kernel
+from .bias import BIAS_OPTIONS, _bias_kernel, bias_constants
 from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
-from .pool import _pool_kernel, pool_columns, pool_options
+from .pool import POOL_WARPS, SCAN, _pool_kernel, pool_columns
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
 from .tune import default_launch, has_extras, padded
@@ -15,12 +16,13 @@ ARCHITECTURES = (80, 90, 100, 120)
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 FIXED_TYPES = {
     "mask_ptr": "*i1", "power_ptr": "*fp32", "cap_ptr": "*fp32", "counts_ptr": "*fp32", "bias_ptr": "*fp32",
-    "similarity_ptr": "*fp32", "blocks_ptr": "*i32", "ends_ptr": "*i32", "pair_ptr": "*fp16", "lse_ptr": "*fp32",
-    "log2_lse_ptr": "*fp32", "delta_ptr": "*fp32", "grad_lse_ptr": "*fp32", "levels_ptr": "*u8", "lists_ptr": "*i16",
-    "sizes_ptr": "*i32", "pooled_ptr": "*fp32", "scale_log2": "fp32", "half_scale_squared": "fp32",
-    "list_strides": ("i32", "i32"), "level_strides": ("i32", "i32"), "bias_strides": ("i32", "i32"),
-    "pair_strides": ("i32", "i32"), "lse_strides": ("i32", "i32", 1), "power_strides": ("i32", "i32", 1),
-    "cap_strides": ("i32", "i32"),
+    "caps_ptr": "*u8", "first_real_ptr": "*i32", "power_out_ptr": "*fp32", "cap_out_ptr": "*fp32",
+    "blocks_ptr": "*i32", "ends_ptr": "*i32", "pair_ptr": "*fp16", "lse_ptr": "*fp32", "log2_lse_ptr": "*fp32",
+    "delta_ptr": "*fp32", "grad_lse_ptr": "*fp32", "levels_ptr": "*u8", "lists_ptr": "*i16", "sizes_ptr": "*i32",
+    "pooled_ptr": "*fp32", "scale_log2": "fp32", "half_scale_squared": "fp32", "share": "fp32", "limit": "fp32",
+    "thresholds": ("fp32", "fp32", "fp32"), "mask_strides": ("i32", 1), "list_strides": ("i32", "i32"),
+    "level_strides": ("i32", "i32"), "bias_strides": ("i32", "i32"), "pair_strides": ("i32", "i32"),
+    "lse_strides": ("i32", "i32", 1), "power_strides": ("i32", "i32"), "cap_strides": ("i32", "i32"),
 }  # fmt: skip
 
 
@@ -88,7 +90,9 @@ SHAPES = (
 )
 
 
-def _describe(kernel: Any, constants: dict[str, Any], dtype: str, absent: set[str]) -> tuple[dict, dict, dict]:
+def describe(
+    kernel: Any, constants: dict[str, Any], dtype: str, absent: set[str], types: dict[str, Any] = FIXED_TYPES
+) -> tuple[dict, dict, dict]:
     """Signature, constants and alignment of a launch with contiguous channels and 16-byte aligned tensors."""
     signature, constexprs, attrs = {}, {}, {}
     aligned = [["tt.divisibility", 16]]
@@ -97,8 +101,8 @@ def _describe(kernel: Any, constants: dict[str, Any], dtype: str, absent: set[st
             signature[name] = "constexpr"
             constexprs[name] = constants.get(name)
             continue
-        kind = FIXED_TYPES.get(name)
-        if kind is None and name.endswith("_strides"):
+        kind = types.get(name)
+        if kind is None and name.endswith("strides"):
             kind = ("i32", "i32", "i32", 1)
         elif kind is None:
             kind = POINTERS[dtype] if name.endswith("_ptr") else "i32"
@@ -124,18 +128,20 @@ def _variant(
     absent = set() if shape.pair_bias else {"pair_ptr"}
     if not shape.masked:
         absent.add("mask_ptr")
-    if not constants.get("VARIANCE"):
-        absent |= {"power_ptr", "cap_ptr"}
     if not constants.get("SIMILARITY"):
-        absent.add("similarity_ptr")
-    described = _describe(kernel, constants, shape.dtype, absent)
+        absent.add("caps_ptr")
+    if not constants.get("FIRST_REAL"):
+        absent.add("first_real_ptr")
+    if "SUMS" in constants:
+        absent |= {"power_out_ptr", "cap_out_ptr"}
+    described = describe(kernel, constants, shape.dtype, absent)
     launch = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     pooled = {True: "-pooled", False: "-tokens"}.get(constants.get("POOLED"), "")
     name = f"{kernel.__name__}{pooled}/{shape.label}/sm_{arch}"
     return Variant(name, arch, kernel, *described, launch, instruction, **checks)
 
 
-def _instruction(arch: int, narrow: bool = False) -> str:
+def instruction_of(arch: int, narrow: bool = False) -> str:
     """In SASS: HMMA is mma.sync, HGMMA wgmma, UTC*MMA tcgen05. The latter two need tiles of 64 rows."""
     if narrow:
         return "HMMA"
@@ -159,13 +165,13 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
             for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
                 launch = _launch(table, shape, arch)
                 values = _only(kernel, shape.constants() | launch)
-                yield _variant(kernel, shape, arch, values, launch, _instruction(arch, launch["BLOCK_M"] < 64))
+                yield _variant(kernel, shape, arch, values, launch, instruction_of(arch, launch["BLOCK_M"] < 64))
             launch = _launch("grad_rows", shape, arch)
             narrow = launch["BLOCK_N"] < 64
             constants = {name: shape.constants()[name] for name in ROW_CONSTANTS}
             for pooled in (True, False):
                 values = _only(_psa_bwd_dkv_kernel, constants | launch) | {"POOLED": pooled}
-                yield _variant(_psa_bwd_dkv_kernel, shape, arch, values, launch, _instruction(arch, narrow))
+                yield _variant(_psa_bwd_dkv_kernel, shape, arch, values, launch, instruction_of(arch, narrow))
             yield from _helpers(shape, arch)
 
 
@@ -174,10 +180,13 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "VARIANCE": shape.row_bias and shape.pair_bias,
-        "SIMILARITY": shape.block_n == 128 and not shape.masked,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "SIMILARITY": shape.block_n == 128, "SCAN": SCAN,
+        "FIRST_REAL": shape.masked and shape.causal,
     }  # fmt: skip
-    yield _variant(_pool_kernel, shape, arch, pool, pool_options(pool["VARIANCE"]), "", **plain)
+    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
+    if shape.row_bias:
+        bias = bias_constants(shape.dim, shape.block_n, shape.group, sums=False)
+        yield _variant(_bias_kernel, shape, arch, bias, BIAS_OPTIONS, "", **plain)
     delta = {"HAS_GRAD_LSE": True, "D": shape.dim, "D_PAD": wide, "BLOCK_M": 64}
     yield _variant(_psa_bwd_delta_kernel, shape, arch, delta, {"num_warps": 4}, "", **plain)
     lists = _only(_readers_kernel, shape.constants()) | {"TILE": 64, "CHUNK": CHUNK}

@@ -1,34 +1,32 @@
 """From q, k and v to out in five launches: pool, importance, budget, selection with schedule, attention.
 
-Planning and attention share one pyramid and one schedule here, which a plan that is made apart cannot.
+Planning and attention share one pyramid and one schedule here, which a plan that is made apart cannot. What options add
+rides along: similarity caps and a mask's first key in the pool, the queries' power in importance, and the variance bias
+beside the budget; where there is no budget to meet (tau, topk, thresholdbound) it takes the budget's launch.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...allocate import similarity_cap
-from ...config import MAX_LEVEL, PSAConfig
+from ...config import PSAConfig
 from ..base import Selection
 from .attend import attend
+from .bias import bias_from_sums
 from .call import Call
-from .pool import build_pyramid
+from .importance import power_parts
+from .pool import Pyramid, build_pyramid
+from .score import RowRules
 from .select import select
 
 
-def pooled_rows(keys: Tensor, block_n: int, level: int) -> Tensor:
-    """The rows of one level in a pyramid [B, Hkv, R, D], whole blocks: a view."""
+def pooled_keys(pyramid: Pyramid, block_n: int, level: int) -> Tensor:
+    """The keys of one level, [B, Hkv, ceil(length / level), D]: a view."""
     per_block = [block_n >> e for e in range(min(block_n, 128).bit_length())]
     exponent = level.bit_length() - 1
-    blocks = keys.shape[2] // sum(per_block)
-    return keys.narrow(2, blocks * sum(per_block[:exponent]), blocks * per_block[exponent])
-
-
-def caps_of(cosines: Tensor, thresholds: dict[int, float]) -> Tensor:
-    """:func:`psa.allocate.similarity_cap` from the mean cosines [B, Hkv, N, 3] that pooling leaves."""
-    caps = torch.ones(cosines.shape[:-1], dtype=torch.uint8, device=cosines.device)
-    for level, threshold in sorted(thresholds.items()):
-        caps.masked_fill_(cosines[..., level.bit_length() - 2] > threshold, level)
-    return caps
+    blocks = pyramid.keys.shape[2] // sum(per_block)
+    return pyramid.keys.narrow(2, blocks * sum(per_block[:exponent]), -(-pyramid.length // level))
 
 
 def forward(
@@ -45,38 +43,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Selection]:
     """out [B, H, Lq, D], lse float32 [B, H, Lq] and the selection, from tokens in the plan's order.
 
-    For calls without reasons in :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``. Torch adds
-    small launches of its own: for the variance bias (the power of the queries), a similarity cap (thresholds on one
-    number per block; with a key mask all of it) and a causal key mask (its first real key).
+    For pooled importance and no measured bias, and for calls without reasons in
+    :func:`psa.backends.triton.planning_reasons` and ``unsupported_reasons``.
     """
-    power = cap = None
+    thresholds = config.sim_thresholds if config.use_sim_mask else None
+    pyramid = build_pyramid(k, v, config.block_n, key_mask=key_mask, thresholds=thresholds, first_real=is_causal)
+    first = text_position == "first"
+    rules = RowRules(config.block_m, config.block_n, is_causal, text_length, first, pyramid.first_real)
+    bias = power = None
     if config.bias == "variance":
-        power, cap = (
-            q.float().square().mean(2),
-            q.new_full(q.shape[:2], float(config.bias_cap or 0.0), dtype=torch.float32),
-        )
-    mask = None if key_mask is None else key_mask.contiguous()
-    similarity = config.use_sim_mask and mask is None and config.block_n <= MAX_LEVEL
-    options = {"query_power": power, "bias_cap": cap, "scale": scale, "similarity": similarity}
-    pyramid = build_pyramid(k, v, config.block_n, key_mask=mask, **options)
-    caps = None
-    if pyramid.similarity is not None:
-        caps = caps_of(pyramid.similarity, config.sim_thresholds)
-    elif config.use_sim_mask:
-        caps = similarity_cap(k, config.block_n, config.sim_thresholds, mask)
-    cols = config.importance_cols
-    pooled_k = pooled_rows(pyramid.keys, config.block_n, cols).narrow(2, 0, -(-k.shape[2] // cols))
+        parts = power_parts(q.shape[2], config.block_m, config.importance_rows)
+        power = q.new_empty(*q.shape[:2], parts, q.shape[3], dtype=torch.float32)
+        bias = bias_from_sums(pyramid, config.block_n, power, q.shape[2], float(config.bias_cap or 0.0), scale)
+        pyramid = bias.pyramid
+    pooled_k = pooled_keys(pyramid, config.block_n, config.importance_cols)
     levels, blocks, ends = select(
-        q,
-        k,
-        config,
-        scale=scale,
-        is_causal=is_causal,
-        text_length=text_length,
-        text_position=text_position,
-        key_mask=mask,
-        pooled_k=pooled_k,
-        caps=caps,
-    )
-    selection = Selection(levels, config.block_m, config.block_n, scale, is_causal, power, cap, None, mask)
+        q, pooled_k, k.shape[2], config, rules, scale=scale, key_mask=key_mask, caps=pyramid.caps, power=power,
+        bias=bias,
+    )  # fmt: skip
+    selection = Selection(levels, config.block_m, config.block_n, scale, is_causal, key_mask=key_mask)
+    if bias is not None:
+        selection = replace(selection, query_power=bias.power, bias_cap=bias.cap)
     return *attend(Call(q, selection, pyramid, blocks, ends)), selection
