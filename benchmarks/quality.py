@@ -14,12 +14,15 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import arenas
 import torch
 from torch import Tensor
 
 import psa
+import psa.auto
+from psa.candidates import Candidate
 from psa.config import PUBLISHED_RATIOS
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -38,10 +41,11 @@ class Bench:
     out: Tensor
     mass: Tensor
 
-    def plan(self, importance: Tensor | None, **settings) -> psa.Plan:
+    def plan(self, importance: Tensor | None, probed: bool = True, **settings) -> psa.Plan:
         order = {"use_rearrange": False} if self.order == "raster" else {"rearrange_method": self.order}
         config = psa.PSAConfig(**{"block_m": BLOCK_M, "block_n": BLOCK_N, **order, **settings})
-        return psa.plan(self.case.q, self.case.k, config, v=self.case.v, grid=self.case.grid, importance=importance)
+        v = self.case.v if probed else None
+        return psa.plan(self.case.q, self.case.k, config, v=v, grid=self.case.grid, importance=importance)
 
     def ranked(self, importance: Tensor | None, density: float, rest: int) -> psa.Plan:
         """The most important blocks at level 1, the others at level ``rest``, at equal density."""
@@ -93,6 +97,20 @@ def automatic(**settings) -> MAKER:
     return lambda bench, importance, density: bench.plan(importance, density=density, **settings)
 
 
+def without(barred: Callable[[Candidate], bool]) -> MAKER:
+    """The automatic mode, some of its candidates left out."""
+    handicap = psa.auto.handicap
+
+    def make(bench: Bench, importance: Tensor | None, density: float) -> psa.Plan:
+        def stricter(candidate: Candidate, layer: psa.auto.Layer) -> float:
+            return psa.auto.BARRED if barred(candidate) else handicap(candidate, layer)
+
+        with mock.patch.object(psa.auto, "handicap", stricter):
+            return bench.plan(importance, density=density)
+
+    return make
+
+
 METHODS: dict[str, MAKER] = {
     "published topk": published_topk,
     "published topk, similarity cap": lambda b, i, d: published_topk(b, i, d, use_sim_mask=True),
@@ -120,7 +138,14 @@ METHODS: dict[str, MAKER] = {
     "auto, importance 8x4": automatic(importance_rows=8, importance_cols=4),
     "auto, shared": automatic(share_heads=True),
     "auto, published tried": automatic(published=True),
-    "auto, probes 192": automatic(probe_rows=192),
+    "auto, no probes": lambda b, i, d: b.plan(i, False, density=d),
+    "auto, no slope": automatic(slope=False),
+    "auto, one cap": without(lambda c: c.cap > 0),
+    "auto, one exponent": without(lambda c: c.exponent != 1.0),
+    "auto, no dropping": without(lambda c: not c.keep_all),
+    "auto, coarse importance only": without(lambda c: c.fine),
+    "auto, 24 probes": automatic(probe_rows=24),
+    "auto, 1024 probes": automatic(probe_rows=1024),
     "auto, blocks 128x32": automatic(block_n=32),
     "auto, blocks 128x128": automatic(block_n=128),
     "auto, blocks 64x64": automatic(block_m=64),
@@ -128,6 +153,7 @@ METHODS: dict[str, MAKER] = {
     "auto, tile 4x4x4": automatic(rearrange_method="tile", tile_size=(4, 4, 4)),
     "auto, tile 8x4x4": automatic(rearrange_method="tile", tile_size=(8, 4, 4)),
 }
+REPORTED = {"reported": "error", "spread": "error_spread"}
 TARGETS = (0.02, 0.03, 0.05, 0.08, 0.12)
 
 
@@ -135,9 +161,12 @@ ORDERS = dict.fromkeys(arenas.ARENAS, ("Gilbert", "raster", "tile"))
 ORDERS["tiny"] = ("Gilbert", "raster", "tile", "semantic", "hybrid")
 
 
-def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) -> Iterator[dict]:
+def rows(
+    bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...], sources: tuple[str, ...]
+) -> Iterator[dict]:
     for density in densities:
-        for source, importance in (("exact", bench.mass), ("ours", None)):
+        for source in sources:
+            importance = bench.mass if source == "exact" else None
             for name, make in methods.items():
                 if ("blocks" in name or "tile" in name) and importance is not None:
                     continue  # the true mass is known for this order and blocks of BLOCK_M x BLOCK_N
@@ -147,7 +176,9 @@ def rows(bench: Bench, methods: dict[str, MAKER], densities: tuple[float, ...]) 
                 for head, error in enumerate(bench.errors(plan).tolist()):
                     extra = {}
                     if facts:
-                        extra = {"reported": round(facts[head]["error"], 6), "setting": facts[head]["setting"]}
+                        fact = facts[head]
+                        extra = {name: round(fact[key], 6) for name, key in REPORTED.items()}
+                        extra["setting"] = fact["setting"]
                     norm = float(bench.out[0, head].norm())
                     yield {
                         "case": bench.case.name,
@@ -201,12 +232,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arena", choices=(*arenas.ARENAS, "all"), default="all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ours", action="store_true", help="our importance only")
     parser.add_argument("--quick", action="store_true", help="Gilbert order and density .15 only")
     parser.add_argument("--targets", action="store_true", help="target_error too, where methods are named")
     parser.add_argument("--methods", nargs="*", help="names, default all; an empty list leaves target_error only")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     chosen = METHODS if options.methods is None else {name: METHODS[name] for name in options.methods}
+    sources = ("ours",) if options.ours else ("exact", "ours")
     args_out: Path = options.out
     args_out.parent.mkdir(parents=True, exist_ok=True)
     with args_out.open("a") as file:
@@ -215,7 +248,7 @@ def main() -> None:
                 densities = (0.15,) if options.quick or order != "Gilbert" else (0.1, 0.15, 0.25)
                 bench = open_case(case, order)
                 targets = target_rows(bench) if order == "Gilbert" and (options.targets or not options.methods) else ()
-                for row in itertools.chain(rows(bench, chosen, densities), targets):
+                for row in itertools.chain(rows(bench, chosen, densities, sources), targets):
                     file.write(json.dumps({"arena": arena, **row, **stamp()}) + "\n")
                 file.flush()
                 print(f"{arena} {case.name} {order}: done", flush=True)

@@ -118,14 +118,14 @@ def held_out_table(rows: list[Row]) -> str:
     found = errors(rows, "held-out")
     topk, one, ours = (found[key] for key in ((RIVALS[0], "exact"), (RIVALS[1], "exact"), ("auto", "ours")))
     reported = {
-        (row["case"], row["head"]): row["reported"]
+        (row["case"], row["head"]): f"{row['reported']:.4f} ± {row['spread']:.4f}"
         for row in rows
         if row["arena"] == "held-out" and row["method"] == "auto" and row["importance"] == "ours"
     }
     lines = ["| field | published topk | one mean per block | auto | ÷ the better | reported |", "|---" * 6 + "|"]
     for head in sorted(ours):
         better = ours[head] / min(topk[head], one[head])
-        cells = [f"{topk[head]:.4f}", f"{one[head]:.4f}", f"{ours[head]:.4f}", f"{better:.2f}", f"{reported[head]:.4f}"]
+        cells = [f"{topk[head]:.4f}", f"{one[head]:.4f}", f"{ours[head]:.4f}", f"{better:.2f}", reported[head]]
         lines.append(f"| {head[0].removeprefix('field-')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -209,6 +209,7 @@ def tables() -> dict[str, str]:
         "orders": orders_table(rows),
         "targets": targets_table(rows),
         "held-out": held_out_table(rows),
+        "ablation": ablation_table(rows),
         "shared": shared_table(rows),
         "cost": cost_table(load("probe_cost")),
         "quality-short": short_table(rows),
@@ -230,6 +231,37 @@ def fill(text: str, found: dict[str, str]) -> str:
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
     return text
+
+
+PARTS = {
+    "auto": "automatic mode",
+    "auto, no slope": "without the slope correction",
+    "auto, keys unsorted": "without sorting keys",
+    "auto, one exponent": "exponent 1 only",
+    "auto, no dropping": "without dropping",
+    "auto, one cap": "variance capped at 1.5 only",
+    "auto, coarse importance only": "without finer importance",
+    "auto, importance 8x4": "finer importance for every head",
+    "auto, no probes": "without probes: one setting for all",
+    "auto, 24 probes": "24 probe rows",
+    "auto, 1024 probes": "1024 probe rows",
+}
+
+
+def ablation_table(rows: list[Row]) -> str:
+    """What each part of the automatic mode is worth: error over the whole mode's, and the worst head."""
+    names = [f"{arena}{what}" for arena in ARENAS for what in ("", ", worst ÷ the better")]
+    lines = ["| " + " | ".join(["automatic mode", *names]) + " |", "|---" * (len(names) + 1) + "|"]
+    found = {arena: errors(rows, arena) for arena in ARENAS}
+    for method, text in PARTS.items():
+        cells = []
+        for arena in ARENAS:
+            ours, whole = found[arena][method, "ours"], found[arena]["auto", "ours"]
+            rivals = [found[arena][rival, "exact"] for rival in RIVALS]
+            worst = max(error / min(rival[head] for rival in rivals) for head, error in ours.items())
+            cells += [f"{mean([error / whole[head] for head, error in ours.items()]):.3f}", f"{worst:.2f}"]
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def calibration_picture(rows: list[Row]) -> None:

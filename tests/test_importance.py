@@ -100,3 +100,15 @@ def test_sampled_offsets_follow_the_seed():
     q = torch.randn(1, 1, 512, 16, generator=g) * 3
     a, b = (psa.PSAConfig(importance="sampled", seed=s) for s in (0, 1))
     assert not torch.equal(importance(q, q, a, scale=0.25), importance(q, q, b, scale=0.25))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_importance_of_some_query_blocks_and_some_heads(causal):
+    q, k = smooth(2, 4, 512, 32, 0) * 2, smooth(2, 2, 512, 32, 1)
+    call = {"config": psa.PSAConfig(block_m=64, block_n=32), "scale": 32**-0.5, "is_causal": causal}
+    whole = importance(q, k, **call)
+    torch.testing.assert_close(importance(q, k, only=torch.tensor([1, 2, 7]), **call), whole[:, :, [1, 2, 7]])
+    wanted = torch.tensor([[True, False, False, False], [False, False, True, True]])
+    part = importance(q, k, wanted=wanted, **call)
+    torch.testing.assert_close(part[wanted], whole[wanted])
+    assert not bool(part[0, 2:].any() or part[1, :2].any()), "KV heads that nobody wants are left out on the CPU"

@@ -8,10 +8,11 @@ import torch
 import psa
 from psa import ops
 from psa.allocate import BlockMask, allocate_levels, block_mask
-from psa.auto import shared_densities, smallest_density
-from psa.candidates import CANDIDATES, Choice
+from psa.auto import error_and_spread, shared_densities, smallest_density
+from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
 from psa.config import PUBLISHED_RATIOS
 from psa.errors import ConfigError, PSAError
+from psa.importance import importance
 from psa.probe import Rows, Scored, row_errors, sample_rows
 from psa.published import stretched_levels
 from psa.reorder.keys import key_order
@@ -45,7 +46,7 @@ def test_rows_are_stratified_deterministic_and_differ_by_salt():
     assert torch.equal(again.rows, rows.rows) and not torch.equal(other.rows, rows.rows)
     assert torch.equal(rows.rows[0], rows.rows[1])  # a process with some of the heads probes what one with all does
     many = sample_rows(128 * 500, 128, 2, 64, 0, torch.device("cpu")).blocks
-    assert many.shape == (2, 64) and bool((many.diff() > 0).all())
+    assert many.shape == (2, 22) and bool((many.diff() > 0).all())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -157,11 +158,47 @@ def test_published_modes_are_tried_on_request_and_every_candidate_keeps_the_budg
     plans = [psa.plan(q, k, psa.PSAConfig(density=0.2, published=flag), v=v) for flag in (False, True)]
     assert float(plans[1].error.mean()) <= 1.2 * float(plans[0].error.mean())
     for number, candidate in enumerate(CANDIDATES):
-        given = torch.tensor([[[number, 0.2, 0.1]] * 2])
+        given = torch.tensor([[[number, 0.2, 0.1, 0.01]] * 2])
         chosen = ops.select(q, k, v, None, None, given, plans[1].config.key, 32**-0.5, False, 0, "last")
         density = torch.where(chosen[0] > 0, 1 / chosen[0].float().clamp(min=1), 0.0).mean((-1, -2))
         assert float(density.min()) > 0.15 and float(density.max()) <= 0.2 * 1.02, candidate.name
         assert bool((chosen[4] > 0).any()) == candidate.slope
+
+
+def test_fine_candidates_take_their_levels_from_finer_importance():
+    q, k, v = tensors(1, 2, 1, 1024, 1024)
+    config = psa.PSAConfig(density=0.2)
+    finer = importance(q, k, config.replace(importance_rows=8, importance_cols=4), scale=32**-0.5)
+    coarse = importance(q, k, config, scale=32**-0.5)
+    for number, candidate in enumerate(PROPORTIONAL):
+        given = torch.tensor([[[0, 0.2, 0.1, 0.01], [number, 0.2, 0.1, 0.01]]])
+        levels = ops.select(q, k, v, None, None, given, config.key, 32**-0.5, False, 0, "last")[0]
+        settings = {"exponent": candidate.exponent, "keep_all": candidate.keep_all}
+        source = finer if candidate.fine else coarse
+        want = allocate_levels(source, mask_mode="proportional", density=0.2, block_n=64, **settings)
+        assert torch.equal(levels[:, 1], want[:, 1]), candidate.name
+        assert torch.equal(
+            levels[:, 0], allocate_levels(coarse, mask_mode="proportional", density=0.2, block_n=64)[:, 0]
+        )
+
+
+def test_finer_importance_has_to_pay_and_barred_parts_are_never_chosen():
+    q, k, v = tensors(1, 2, 2, 2048, 2048)
+    plan = psa.plan(q, k, psa.PSAConfig(density=0.2, slope=False), v=v)
+    assert plan.slope is None and not any("slope" in row["setting"] for row in plan.report)
+    given = torch.rand(1, 2, 16, 32, generator=torch.Generator().manual_seed(0))
+    plan = psa.plan(q, k, psa.PSAConfig(density=0.2), v=v, importance=given)
+    assert not any("fine" in row["setting"] for row in plan.report), "there is nothing finer than what was given"
+
+
+def test_the_errors_spread_is_that_of_repeated_samples():
+    g = torch.Generator().manual_seed(0)
+    norms = 1 + torch.rand(1, 4000, 24, generator=g)
+    squared = norms * 0.01 * torch.rand(1, 4000, 24, generator=g)
+    error, spread = error_and_spread(squared, norms)
+    assert float(error.mean()) == pytest.approx(0.005**0.5, rel=0.01)
+    assert float(spread.mean()) == pytest.approx(float(error.std()), rel=0.05)
+    assert bool(error_and_spread(squared[..., :1], norms[..., :1])[1].isnan().all()), "one block tells no spread"
 
 
 @pytest.mark.parametrize("settings", [
@@ -322,6 +359,6 @@ def test_plans_with_a_choice_survive_saving(tmp_path):
 
 
 def test_choices_pack_and_unpack():
-    choice = Choice(torch.tensor([[3]]), torch.tensor([[0.15]]), torch.tensor([[0.01]]))
+    choice = Choice(*(torch.tensor([[value]]) for value in (3, 0.15, 0.01, 0.001)))
     again = Choice.unpack(choice.pack())
     assert again.candidate.item() == 3 and torch.equal(again.density, choice.density)

@@ -35,8 +35,8 @@ def test_trained_heads_beat_both_rivals_that_are_given_exact_importance(trained)
     heads = [head for _, _, rows in trained for head in rows]
     by_topk = math.prod(ours / topk for ours, topk, _ in heads) ** (1 / len(heads))
     by_mean = math.prod(ours / mean for ours, _, mean in heads) ** (1 / len(heads))
-    assert by_topk <= 0.45 and by_mean <= 0.55
-    assert all(ours <= 0.9 * min(topk, mean) for ours, topk, mean in heads)
+    assert by_topk <= 0.4 and by_mean <= 0.5
+    assert all(ours <= 0.75 * min(topk, mean) for ours, topk, mean in heads)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -45,6 +45,14 @@ def test_fields_beat_both_rivals(setting):
     ours, topk, mean = rows[0]
     assert ours <= 0.5 * topk and ours <= 0.5 * mean
     assert plan.error.item() == pytest.approx(ours, rel=0.4)
+
+
+@pytest.mark.parametrize(("seed", "grid"), [(108, (8, 32, 32)), (109, (6, 24, 40))])
+def test_sharp_held_out_fields_beat_both_rivals(seed, grid):
+    """Temperature 3, noise .5: few rows hold most of the error, and importance has to be fine."""
+    _, _, rows = scored(arenas.synthetic(3.0, 0.5, seed, grid))
+    ours, topk, mean = rows[0]
+    assert ours <= 0.7 * min(topk, mean)
 
 
 def test_the_reported_error_is_near_the_true_one(trained):

@@ -1,8 +1,8 @@
 """The automatic mode: every head gets the setting that probes find best, and the report says how wrong it is.
 
-Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked), in the cap
-of the variance bias and in whether the slope correction is added. A head's choice is a row of a table, so everything
-here stays on the device.
+Candidates differ in how importance becomes levels (exponent, dropping or not, the published modes if asked), in how
+coarsely importance is pooled, in the cap of the variance bias and in whether the slope correction is added. A head's
+choice is a row of a table, so everything here stays on the device.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from .allocate import BlockMask
-from .candidates import CAPS, Choice, candidates, constant, levels_of, levels_of_all
+from .candidates import CAPS, VARIANTS, Candidate, Choice, candidates, constant, levels_of, levels_of_all
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
 CAPPED_ERROR = 1e3
 """What stands for an error that is not finite."""
-DROP_HANDICAP = 1.2
-"""Factor on the squared error of candidates that drop: theirs has heavy tails that a few rows may miss."""
+BARRED = 1e9
+"""Handicap of what must not be chosen."""
+CORRECTIONS = (2, 3)
+"""Salts of fresh rows that measure a ``target_error`` again, each after moving along the curve by what was missed."""
 MISSED = 1.1
 """A head whose measured error is more than so many times ``target_error`` runs dense."""
+FINE_HANDICAP = 1.1
+"""Factor on the squared error of finer importance: what its time, spent on density instead, would gain."""
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
@@ -41,6 +45,8 @@ class Layer:
     scale: float
     is_causal: bool
     key_mask: Tensor | None
+    finer: Callable[..., Tensor] | None = None
+    """Importance pooled half as coarsely, ``finer(only=..., wanted=...)`` as :func:`psa.importance.importance`."""
     device_levels: Callable[..., Tensor] | None = None
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
@@ -83,18 +89,23 @@ def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Te
         choice, curve = choose(layer)
     if choice is None:
         first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
-        choice = Choice(first.long(), first + float(layer.config.density or 1.0), first + torch.nan)
+        unknown = first + torch.nan
+        choice = Choice(first.long(), first + float(layer.config.density or 1.0), unknown, unknown)
     levels, shares = lay_out(layer, choice)
     if probing and several:
-        error = measure(layer, levels, shares, choice, salt=1)
+        error, spread = measure(layer, levels, shares, choice, salt=1)
         if target is not None and curve is not None:
-            choice = curve.meeting(target / (error / target).clamp(min=1.0))
-            levels, shares = lay_out(layer, choice)
-            error = measure(layer, levels, shares, choice, salt=2)
+            aim = torch.full_like(error, target)
+            for salt in CORRECTIONS:
+                aim = aim / (error / target).clamp(min=1.0)
+                choice = curve.meeting(aim)
+                levels, shares = lay_out(layer, choice)
+                error, spread = measure(layer, levels, shares, choice, salt)
+        choice = Choice(choice.candidate, choice.density, error, spread)
+        if target is not None:
             missed = ~(error <= MISSED * target)
             levels, shares = _dense_where(missed, layer, levels, shares)
-            choice, error = choice.dense_where(missed), error.masked_fill(missed, 0.0)
-        choice = Choice(choice.candidate, choice.density, error)
+            choice = choice.dense_where(missed)
     return levels, constant(CAPS, levels.device)[choice.cap], shares, choice
 
 
@@ -107,11 +118,14 @@ def _dense_where(missed: Tensor, layer: Layer, levels: Tensor, shares: Tensor) -
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
     """Levels, and the shares of the slope correction, that a choice means for every head."""
+    importance, wanted = layer.importance, choice.fine
+    if layer.finer is not None and (wanted.device.type != "cpu" or bool(wanted.any())):
+        importance = torch.where(wanted[..., None, None], layer.finer(wanted=wanted), importance)
     if layer.device_levels is None:
-        levels = levels_of(choice, layer.importance, layer.mask, layer.cap, layer.config)
+        levels = levels_of(choice, importance, layer.mask, layer.cap, layer.config)
     else:
-        levels = layer.device_levels(layer.importance, settings=choice.settings)
-    return levels, slope_shares(layer.importance, levels, choice.slope)
+        levels = layer.device_levels(importance, settings=choice.settings)
+    return levels, slope_shares(importance, levels, choice.slope)
 
 
 def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = None) -> Tensor:
@@ -142,7 +156,8 @@ class Curve:
     def at(self, density: Tensor) -> Choice:
         """Each head's candidate of the nearest probed density; what it errs there is left to be measured."""
         nearest = (density[..., None].log() - self.densities.log()).abs().argmin(-1, keepdim=True)
-        return Choice(self.candidates.gather(-1, nearest).squeeze(-1), density, torch.full_like(density, torch.nan))
+        unknown = torch.full_like(density, torch.nan)
+        return Choice(self.candidates.gather(-1, nearest).squeeze(-1), density, unknown, unknown)
 
     def meeting(self, target: Tensor) -> Choice:
         return self.at(smallest_density(self.errors, self.densities, target))
@@ -151,39 +166,65 @@ class Curve:
 def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     """The best candidate of every head by probes, at the densities that budget or target call for.
 
-    Every other sampled query block takes part in the choice. With one density the rest measure the error; with several
-    the error is left open (NaN), to be measured at the density that comes out, and the curve is returned too.
+    All sampled rows take part in the choice. With one density the error is measured crosswise: each half of the sampled
+    query blocks measures what the other half would have chosen. With several the error is left open (NaN), to be
+    measured at the density that comes out, and the curve is returned too.
     """
     config = layer.config
     steps, tried = ladder(config), candidates(config)
-    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-config.probe_rows // 2))
+    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-2 * config.probe_rows // 3))
     squared, norms = layer.errors(rows, _scored(layer, rows, steps))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
-    part = slice(0, None, 2) if len(steps) == 1 and squared.shape[2] > 1 else slice(None)
-    chosen_by, norm = squared[:, :, part].sum(2), norms[:, :, part].sum(2)
-    handicap = constant(tuple(1.0 if c.keep_all else DROP_HANDICAP for c in tried), squared.device)
-    winner = (chosen_by * handicap).argmin(dim=-1, keepdim=True)
-    best = chosen_by.gather(-1, winner).squeeze(-1)
-    winner = winner.squeeze(-1)
-    densities = constant(steps, best.device)
+    factors = constant(tuple(handicap(c, layer) for c in tried), squared.device)
+    best = lambda errors: (errors.sum(2) * factors).argmin(dim=-1)  # noqa: E731
+    winner = best(squared)
+    densities = constant(steps, squared.device)
     if len(steps) == 1:
-        rest = slice(1, None, 2) if squared.shape[2] > 1 else slice(None)
-        error = squared[:, :, rest, 0].sum(2).gather(-1, winner)
-        error = (error / norms[:, :, rest].sum(2)[..., None].clamp(min=TINY)).sqrt()
-        return Choice(winner.squeeze(-1), torch.zeros_like(norm) + steps[0], error.squeeze(-1)), None
-    curve = Curve(densities, (best / norm[..., None].clamp(min=TINY)).sqrt(), winner)
+        density = torch.zeros_like(norms[:, :, 0]) + steps[0]
+        crosswise = torch.empty_like(norms)
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            other = slice(1 - (half.start or 0), None, 2) if norms.shape[2] > 1 else half
+            number = best(squared[:, :, other])[:, :, None, :, None]
+            part = squared[:, :, half]
+            crosswise[:, :, half] = part.gather(-1, number.expand(*part.shape[:-1], 1))[..., 0, 0]
+        error, spread = error_and_spread(crosswise, norms)
+        own = squared[:, :, :, 0].gather(-1, winner[:, :, None].expand(*norms.shape, 1)).squeeze(-1)
+        error = torch.minimum(error, 2 * error_and_spread(own, norms)[0])  # a half may choose far worse than the whole
+        return Choice(winner.squeeze(-1), density, error, torch.minimum(spread, error)), None
+    total, norm = squared.sum(2).gather(-1, winner[..., None]).squeeze(-1), norms.sum(2)
+    curve = Curve(densities, (total / norm[..., None].clamp(min=TINY)).sqrt(), winner)
     if config.target_error is not None:
         return curve.meeting(torch.full_like(norm, config.target_error)), curve
-    return curve.at(shared_densities(best, densities, float(config.density or config.max_density))), curve
+    return curve.at(shared_densities(total, densities, float(config.density or config.max_density))), curve
 
 
-def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> Tensor:
-    """The relative error of the plan itself on rows of its own (by ``salt``), [B, H]."""
-    rows = layer.sample(salt, -(-layer.config.probe_rows // 2))
+def handicap(candidate: Candidate, layer: Layer) -> float:
+    """The factor on a candidate's squared error that makes up for its cost."""
+    if (candidate.fine and layer.finer is None) or (candidate.slope and not layer.config.slope):
+        return BARRED
+    return FINE_HANDICAP if candidate.fine else 1.0
+
+
+def error_and_spread(squared: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative error by squared errors and norms [B, H, S] of sampled query blocks, and its standard deviation.
+
+    The deviation is that of a quotient of sums over S independent draws, by the delta method; NaN from a single block.
+    It knows only what the sample holds: errors that sit in few rows make it too small as often as the error itself.
+    """
+    count, norm = squared.shape[2], norms.sum(2).clamp(min=TINY)
+    ratio = squared.sum(2) / norm
+    away = (squared - ratio[..., None] * norms).square().sum(2) * (count / max(count - 1, 1))
+    spread = 0.5 * away.sqrt() / norm / ratio.sqrt().clamp(min=TINY)
+    return ratio.sqrt(), spread if count > 1 else torch.full_like(spread, torch.nan)
+
+
+def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: int) -> tuple[Tensor, Tensor]:
+    """The relative error of the plan itself on rows of its own (by ``salt``), and its spread, [B, H]."""
+    rows = layer.sample(salt, layer.config.probe_rows)
     scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAPS)
     squared, norms = layer.errors(rows, scored)
-    error = squared[..., 0, :, 0].sum(2).gather(-1, choice.cap[..., None]).squeeze(-1)
-    return (error / norms.sum(-1).clamp(min=TINY)).sqrt()
+    cap = choice.cap[..., None, None].expand(*squared.shape[:3], 1)
+    return error_and_spread(squared[:, :, :, 0, :, 0].gather(-1, cap).squeeze(-1), norms)
 
 
 def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
@@ -232,11 +273,15 @@ def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: 
 
 def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
     """Every candidate's levels at every density of the ladder, on the sampled query blocks."""
-    importance = _rows_of(layer.importance, rows)
+    fine = importance = _rows_of(layer.importance, rows)
+    if layer.finer is not None:
+        fine = layer.finer(only=rows.blocks[0])  # the same blocks in every head
     mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
-    every = [levels_of_all(density, importance, mask, layer.cap, layer.config) for density in ladder]
+    every = [levels_of_all(density, importance, fine, mask, layer.cap, layer.config) for density in ladder]
     levels = torch.stack([levels for step in every for levels in step], dim=3)
-    return Scored(levels, slope_shares(importance[:, :, :, None], levels), CAPS)
+    is_fine = constant(tuple(c.fine for c in candidates(layer.config)[:: len(VARIANTS)]), levels.device)
+    source = torch.where(is_fine[:, None], fine[:, :, :, None], importance[:, :, :, None])
+    return Scored(levels, slope_shares(source.repeat(1, 1, 1, len(ladder), 1), levels), CAPS)
 
 
 def _rows_of(x: Tensor, rows: Rows) -> Tensor:

@@ -17,29 +17,35 @@ CAPS = (1.5, 4.0)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of a head. mode: how importance becomes levels; exponent is of proportional mode; cap: index."""
+    """One setting of a head.
+
+    mode: how importance becomes levels; exponent and keep_all are of proportional mode; fine: importance pooled half as
+    coarsely in both directions; cap: index into ``CAPS``.
+    """
 
     exponent: float = 1.0
     keep_all: bool = True
+    fine: bool = False
     cap: int = 0
     slope: bool = True
     mode: str = "proportional"
 
     @property
-    def allocation(self) -> tuple[str, float, bool]:
-        return self.mode, self.exponent, self.keep_all
-
-    @property
     def name(self) -> str:
         kind = f"p{self.exponent:g}" + ("" if self.keep_all else " drop") if self.mode == "proportional" else self.mode
-        return f"{kind} cap{CAPS[self.cap]:g}" + (" slope" if self.slope else "")
+        return f"{kind} cap{CAPS[self.cap]:g}" + (" slope" if self.slope else "") + (" fine" if self.fine else "")
 
 
-ALLOCATIONS = ((1.0, True), (0.75, True), (1.5, True), (1.0, False), (3.0, False))
+COARSE = ((1.0, True, False), (0.75, True, False), (1.5, True, False), (1.5, False, False), (3.0, False, False))
+FINE = ((1.0, True, True), (1.5, False, True), (3.0, False, True))
+ALLOCATIONS = COARSE + FINE
+"""exponent, keep_all, fine."""
 VARIANTS = tuple((cap, slope) for cap in range(len(CAPS)) for slope in (True, False))
 PROPORTIONAL = tuple(Candidate(*allocation, *variant) for allocation in ALLOCATIONS for variant in VARIANTS)
 """The first is used where nothing could be measured (a plan made without v)."""
-PUBLISHED = tuple(Candidate(1.0, False, *variant, mode) for mode in ("topk", "thresholdbound") for variant in VARIANTS)
+PUBLISHED = tuple(
+    Candidate(1.0, False, False, *variant, mode) for mode in ("topk", "thresholdbound") for variant in VARIANTS
+)
 CANDIDATES = PROPORTIONAL + PUBLISHED
 
 
@@ -53,24 +59,27 @@ class Choice:
     """What was chosen, as tensors [B, H] so that nothing waits for the device.
 
     candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
-    choice; NaN where nothing was measured).
+    choice; NaN where nothing was measured), spread (standard deviation of that measurement, by how the sampled rows
+    differ; NaN too).
     """
 
     candidate: Tensor
     density: Tensor
     error: Tensor
+    spread: Tensor
 
     def pack(self) -> Tensor:
-        """float32 [B, H, 3]."""
-        return torch.stack([self.candidate.float(), self.density, self.error], dim=-1)
+        """float32 [B, H, 4]."""
+        return torch.stack([self.candidate.float(), self.density, self.error, self.spread], dim=-1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Choice":
-        return cls(packed[..., 0].round().long(), packed[..., 1], packed[..., 2])
+        return cls(packed[..., 0].round().long(), *packed[..., 1:4].unbind(-1))
 
     def dense_where(self, where: Tensor) -> "Choice":
-        """Density 1 in some heads [B, H]."""
-        return Choice(self.candidate, self.density.masked_fill(where, 1.0), self.error)
+        """Density 1 and no error in some heads [B, H]."""
+        exact = (x.masked_fill(where, 0.0) for x in (self.error, self.spread))
+        return Choice(self.candidate, self.density.masked_fill(where, 1.0), *exact)
 
     @property
     def settings(self) -> Tensor:
@@ -78,6 +87,11 @@ class Choice:
         exponents = table([c.exponent for c in CANDIDATES], self.candidate)
         keep = table([float(c.keep_all) for c in CANDIDATES], self.candidate)
         return torch.stack([exponents, keep, self.density.expand_as(exponents)], dim=-1)
+
+    @property
+    def fine(self) -> Tensor:
+        """Where importance is pooled less coarsely, bool [B, H]."""
+        return table([c.fine for c in CANDIDATES], self.candidate)
 
     @property
     def cap(self) -> Tensor:
@@ -110,15 +124,18 @@ def levels_of(choice: Choice, importance: Tensor, mask: BlockMask, cap: Tensor |
 
 
 def levels_of_all(
-    density: float, importance: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig
+    density: float, importance: Tensor, fine: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig
 ) -> list[Tensor]:
-    """Levels [B, H, S, N] of every allocation that ``candidates(config)`` holds, in their order, at one density."""
+    """Levels [B, H, S, N] of every allocation that ``candidates(config)`` holds, in their order, at one density.
+
+    importance, fine: [B, H, S, N], the estimates of the coarse and of the fine allocations.
+    """
     batch, count = importance.shape[0], len(ALLOCATIONS)
     repeat = lambda x: None if x is None else x if x.shape[0] == 1 else x.repeat(count, *[1] * (x.ndim - 1))  # noqa: E731
-    exponents = constant(tuple(exponent for exponent, _ in ALLOCATIONS), importance.device)
-    keep = constant(tuple(keep for _, keep in ALLOCATIONS), importance.device)
+    exponents = constant(tuple(exponent for exponent, _, _ in ALLOCATIONS), importance.device)
+    keep = constant(tuple(keep for _, keep, _ in ALLOCATIONS), importance.device)
     found = allocate_levels(
-        importance.repeat(count, 1, 1, 1),
+        torch.cat([importance.repeat(len(COARSE), 1, 1, 1), fine.repeat(len(FINE), 1, 1, 1)]),
         mask_mode="proportional",
         density=density,
         block_n=config.block_n,

@@ -111,7 +111,7 @@ class PSAConfig:
     share_heads: bool = False
     target_error: float | None = None
     max_density: float = 1.0
-    probe_rows: int = 48
+    probe_rows: int = 72
     probe_every: int = 10
     probe_drift: float = 0.25
     published: bool = False

@@ -146,7 +146,7 @@ def make_plan(
         v,
         importance,
         mask_in_order,
-        None if choice is None else choice[..., :3].contiguous(),
+        None if choice is None else choice[..., :4].contiguous(),
         settings.key,
         scale,
         is_causal,

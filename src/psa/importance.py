@@ -4,7 +4,8 @@ Every estimate scores a few query rows against a few key rows, takes a softmax p
 maximum of) the result over each block pair. Memory stays linear: query rows are processed in chunks.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch import Tensor
 from .config import PSAConfig
 from .pyramid import group_counts, group_means, group_sums
 
-CHUNK = 1 << 22
-"""Logits held at a time (16 MB in float32)."""
+CHUNK = 1 << 20
+"""Logits held at a time (4 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,38 @@ class ScoreRows:
 
 @torch.no_grad()
 def importance(
-    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    only: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Importance by ``config.importance``: float32 [B, H, M, N]; rows sum to one, or to zero where nothing is seen.
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
+
+    Args:
+        only: int64 [S], ascending: the query blocks to score, [B, H, S, N]. Of a partial last one the last row counts
+            for those it lacks.
+        wanted: bool [B, H]; the CPU leaves out KV heads that nobody wants, their importance is 0.
     """
     gather = {"pooled": pooled_rows, "sampled": sampled_rows, "antidiagonal": antidiagonal_rows}[config.importance]
     rows = gather(q, k, config, scale, is_causal, key_mask)
     blocks_q, blocks_k = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
-    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled")
+    if only is not None:
+        rows, blocks_q = _of_blocks(rows, only), len(only)
+    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled", wanted=wanted)
+
+
+def _of_blocks(rows: ScoreRows, blocks: Tensor) -> ScoreRows:
+    place = torch.arange(rows.per_block_q, device=blocks.device)
+    index = (blocks[:, None] * rows.per_block_q + place).flatten().clamp(max=rows.queries.shape[2] - 1)
+    position = None if rows.query_position is None else rows.query_position[index]
+    return replace(rows, queries=rows.queries[:, :, index], query_position=position)
 
 
 def pooled_rows(
@@ -100,30 +123,47 @@ def sampled_rows(
     return ScoreRows(queries, keys, bias, *positions, config.block_m // 4, config.block_n // 4)
 
 
-def block_scores(rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool) -> Tensor:
-    """Softmax of each query row, summed (or maximised) over block pairs, rows normalised: float32 [B, H, M, N]."""
-    batch, heads, count, _ = rows.queries.shape
+def block_scores(
+    rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool, wanted: Tensor | None = None
+) -> Tensor:
+    """Softmax of each query row, summed (or maximised) over block pairs, rows normalised: float32 [B, H, M, N].
+
+    Key rows are laid out place by place, not block by block, so that sums over a block run along whole vectors: on the
+    CPU more than twice as fast as short sums along the last dimension.
+    """
+    (batch, heads, count, _), kv_heads = rows.queries.shape, rows.keys.shape[1]
     out = torch.zeros(batch, heads, blocks_q, blocks_k, device=rows.queries.device)
+    tiny = torch.finfo(torch.float32).tiny
     missing = blocks_k * rows.per_block_k - rows.keys.shape[2]
     keys = torch.nn.functional.pad(rows.keys, (0, 0, 0, missing)).transpose(-1, -2)
+    keys = keys.unflatten(-1, (blocks_k, -1)).transpose(-1, -2).contiguous()
     bias = torch.nn.functional.pad(rows.bias, (0, missing), value=-torch.inf)
-    step = max(1, CHUNK // max(1, heads * keys.shape[-1]) // rows.per_block_q) * rows.per_block_q
-    for b in range(batch):
-        for start in range(0, count, step):
-            part = rows.queries[b, :, start : start + step]
-            width = _visible_width(rows, min(start + step, count), keys.shape[-1])
-            logits = _grouped_product(part, keys[b, ..., :width]) + bias[b if bias.shape[0] > 1 else 0, :width]
-            if rows.query_position is not None and rows.key_position is not None:
-                seen = rows.key_position[None, :width] <= rows.query_position[start : start + step, None]
-                logits[..., : seen.shape[-1]].masked_fill_(~seen, -torch.inf)
-            logits -= logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-            mass = logits.exp_().unflatten(-1, (-1, rows.per_block_k))
-            total = mass.sum((-1, -2))[..., None].clamp(min=torch.finfo(torch.float32).tiny)
-            mass = (mass.amax(-1) if largest else mass.sum(-1)) / total
-            mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
-            first = start // rows.per_block_q
-            out[b, :, first : first + mass.shape[1], : mass.shape[-1]] = mass.amax(2) if largest else mass.sum(2)
-    return out / out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    bias = bias.unflatten(-1, (blocks_k, -1)).mT.contiguous()
+    position = rows.key_position
+    if position is not None:
+        position = torch.nn.functional.pad(position, (0, missing)).unflatten(-1, (blocks_k, -1)).mT.contiguous()
+    at_once = 1 if keys.device.type == "cpu" else kv_heads  # a product of one pair of matrices is faster on the CPU
+    groups = heads // kv_heads * at_once
+    step = max(1, CHUNK // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q) * rows.per_block_q
+    for b, first, start in itertools.product(range(batch), range(0, kv_heads, at_once), range(0, count, step)):
+        of = slice(first * (heads // kv_heads), first * (heads // kv_heads) + groups)
+        if wanted is not None and wanted.device.type == "cpu" and not bool(wanted[b, of].any()):
+            continue
+        width = _visible_blocks(rows, min(start + step, count), blocks_k)
+        part = keys[b, first : first + at_once, ..., :width].flatten(2)
+        logits = _grouped_product(rows.queries[b, of, start : start + step], part).float().unflatten(-1, (-1, width))
+        logits += bias[b if bias.shape[0] > 1 else 0, :, :width]
+        if rows.query_position is not None and position is not None:
+            seen = position[None, :, :width] <= rows.query_position[start : start + step, None, None]
+            logits.masked_fill_(~seen, -torch.inf)
+        peak = logits.flatten(2).amax(-1).clamp_(min=torch.finfo(torch.float32).min)
+        mass = logits.sub_(peak[..., None, None]).exp_()
+        total = mass.sum(2)
+        mass = (mass.amax(2) if largest else total) / total.sum(-1, keepdim=True).clamp(min=tiny)
+        mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
+        block = start // rows.per_block_q
+        out[b, of, block : block + mass.shape[1], :width] = mass.amax(2) if largest else mass.sum(2)
+    return out / out.sum(-1, keepdim=True).clamp(min=tiny)
 
 
 @torch.no_grad()
@@ -188,15 +228,17 @@ def _grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
     """[H, R, d] × [Hkv, d, C] -> [H, R, C] without repeating keys."""
     kv_heads = keys.shape[0]
     grouped = queries.reshape(kv_heads, -1, queries.shape[-1])
+    if kv_heads == 1:
+        return (grouped[0] @ keys[0]).view(*queries.shape[:2], keys.shape[-1])
     return (grouped @ keys).view(*queries.shape[:2], keys.shape[-1])
 
 
-def _visible_width(rows: ScoreRows, stop: int, width: int) -> int:
-    """Key rows, in whole blocks, that query rows before ``stop`` can see. Off the CPU all: counting them would wait."""
+def _visible_blocks(rows: ScoreRows, stop: int, blocks: int) -> int:
+    """KV blocks that query rows before ``stop`` can see. Off the CPU all: counting them would wait."""
     if rows.query_position is None or rows.key_position is None or rows.keys.device.type != "cpu":
-        return width
+        return blocks
     seen = int((rows.key_position <= rows.query_position[stop - 1]).sum())
-    return min(width, max(1, -(-seen // rows.per_block_k)) * rows.per_block_k)
+    return min(blocks, max(1, -(-seen // rows.per_block_k)))
 
 
 def _positions(

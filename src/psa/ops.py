@@ -4,6 +4,7 @@
 kernel and a rule for ``torch.func.vmap``.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,11 +41,11 @@ def select(
     text_length: int,
     text_position: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Stages 3 and 4 on reordered tokens. v lets the automatic mode probe; ``choice`` [B, H, 3] spares it.
+    """Stages 3 and 4 on reordered tokens. v lets the automatic mode probe; ``choice`` [B, H, 4] spares it.
 
     Returns, each empty where the configuration has no use for it:
         levels uint8 [B, H, M, N]; query_power float32 [B, H, D] and bias_cap float32 [B, H] of the variance bias;
-        pair_bias float16 [B, H, M, N] of the measured bias; slope float16 [B, H, M, N]; choice float32 [B, H, 4]: the
+        pair_bias float16 [B, H, M, N] of the measured bias; slope float16 [B, H, M, N]; choice float32 [B, H, 5]: the
         automatic mode's (:class:`psa.candidates.Choice`), and the importance's concentration, by which drift shows.
     """
     config = PSAConfig.from_key(config_key)
@@ -87,9 +88,11 @@ def select(
         allocate = None
         if device is not None and not config.published:
             allocate = partial(device.plan_levels, q, k, config, caps=cap, **where)
-        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, allocate)
+        finer = None if given is not None else _finer(q, k, config, scale, is_causal, key_mask)
+        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, finer, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
+        shares = shares if config.slope else none_half.clone()
         return levels, q.float().square().mean(2), caps.contiguous(), none_half, shares, facts
     levels = (
         device.plan_levels(q, k, config, scored, caps=cap, **where)
@@ -104,6 +107,25 @@ def select(
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
     return levels, power, caps, pairs, slope_shares(scored, levels) if config.slope else none_half.clone(), none.clone()
+
+
+def _finer(
+    q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
+) -> Callable[..., Tensor] | None:
+    """Importance pooled half as coarsely in both directions; None where there is no such thing."""
+    rows, cols = config.importance_rows // 2, config.importance_cols // 2
+    if config.importance != "pooled" or not rows or not cols:
+        return None
+    fine = config.replace(importance_rows=rows, importance_cols=cols)
+    where = {"scale": scale, "is_causal": is_causal, "key_mask": key_mask}
+    device = planner(q, k, fine)
+
+    def estimate(*, only: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        if device is None or only is not None:
+            return importance(q, k, fine, only=only, wanted=wanted, **where)
+        return device.plan_importance(q, k, fine, wanted=wanted, **where)
+
+    return estimate
 
 
 def concentration(scored: Tensor) -> Tensor:
@@ -155,7 +177,7 @@ def _(q, k, v, given, key_mask, choice, config_key, scale, is_causal, text_lengt
         q.new_empty(shape[:2] if variance else none, dtype=torch.float32),
         q.new_empty(shape if sparse and config.bias == "measured" else none, dtype=torch.float16),
         q.new_empty(shape if sparse and config.slope else none, dtype=torch.float16),
-        q.new_empty((*shape[:2], 4) if auto else none, dtype=torch.float32),
+        q.new_empty((*shape[:2], 5) if auto else none, dtype=torch.float32),
     )
 
 

@@ -35,7 +35,7 @@ class Plan:
         pair_bias: float16 [B, H, M, N]; with the measured bias.
         key_mask: bool [B, Lk] in the caller's order.
         slope: float16 [B, H, M, N], importance times N where :mod:`psa.slope` corrects pooled blocks, else 0.
-        choice: float32 [B, H, 4], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`.
+        choice: float32 [B, H, 5], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
         reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
@@ -107,12 +107,12 @@ class Plan:
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """One row per batch item and head: setting, density asked for and kept, and measured error."""
+        """One row per batch item and head: setting, density kept, measured error and its standard deviation."""
         from .candidates import CANDIDATES, Choice
 
         if self.choice is None:
             return []
-        choice = Choice.unpack(self.choice[..., :3])
+        choice = Choice.unpack(self.choice)
         kept = self.density_per_head.expand(choice.density.shape)
         return [
             {
@@ -121,6 +121,7 @@ class Plan:
                 "setting": "dense" if float(kept[b, h]) >= 1.0 else CANDIDATES[int(choice.candidate[b, h])].name,
                 "density": float(kept[b, h]),
                 "error": float(choice.error[b, h]),
+                "error_spread": float(choice.spread[b, h]),
             }
             for b in range(kept.shape[0])
             for h in range(kept.shape[1])

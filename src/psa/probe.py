@@ -19,6 +19,8 @@ from .slope import FINE, centred_keys, slope_mix
 CHUNK = 1 << 26
 """Elements held at a time (256 MB in float32)."""
 GOLDEN = 0.6180339887498949
+ROWS_PER_BLOCK = 3
+"""Sampled rows of a query block: a further row costs a third of a further block and tells as much."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Rows:
 def sample_rows(length: int, block_m: int, heads: int, count: int, salt: int, device: torch.device) -> Rows:
     """About ``count`` rows per head at low-discrepancy places that depend on ``salt`` only."""
     blocks = -(-length // block_m)
-    strata = min(blocks, count)
+    strata = min(blocks, -(-count // ROWS_PER_BLOCK))
     each = -(-count // strata)
     stratum = torch.arange(strata, device=device, dtype=torch.float64).expand(heads, -1)
     place = ((stratum + 1) * GOLDEN + salt * math.sqrt(2)) % 1.0

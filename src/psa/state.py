@@ -15,10 +15,13 @@ from .candidates import CANDIDATES
 from .errors import ConfigError, PSAError
 from .plan import Plan
 
+FACTS, CONCENTRATION = 5, 4
+"""Columns of a choice, and the one that holds the importance's concentration."""
+
 
 @dataclass
 class _Entry:
-    """A layer's last probe: step and settings, the choice [B, H, 4], and the concentration seen in the latest call."""
+    """A layer's last probe: step and settings, the choice [B, H, 5], and the concentration seen in the latest call."""
 
     step: int
     settings: str
@@ -28,7 +31,7 @@ class _Entry:
     """Relative change of the concentration since the probe; None while it waits on the device."""
 
     def change(self) -> Tensor:
-        return (self.latest / self.choice[..., 3].clamp(min=1e-30) - 1).abs().max()
+        return (self.latest / self.choice[..., CONCENTRATION].clamp(min=1e-30) - 1).abs().max()
 
 
 class ProbeState:
@@ -102,13 +105,13 @@ class ProbeState:
         name, _ = key = _key(layer, step)
         if reused is None:
             settings = "" if plan.config is None else plan.config.key
-            self._last[name] = _Entry(step, settings, plan.choice, plan.choice[..., 3])
+            self._last[name] = _Entry(step, settings, plan.choice, plan.choice[..., CONCENTRATION])
             if key in self.history:
                 self.probed = [other for other in self.probed if other != key]
             self.probed.append(key)
         else:
             last = self._last[name]
-            last.latest, last.moved = plan.choice[..., 3], None
+            last.latest, last.moved = plan.choice[..., CONCENTRATION], None
         self.history[key] = self._last[name].choice
 
     def stats(self) -> list[dict[str, Any]]:
@@ -139,14 +142,14 @@ class ProbeState:
         try:
             for item in data["choices"]:
                 values = [math.nan if value is None else value for value in item["values"]]
-                choice = torch.tensor(values, dtype=torch.float32).view(item["shape"])
+                choice = torch.tensor(values, dtype=torch.float32).view(*item["shape"][:2], FACTS)
                 state.history |= {_key(item["layer"], step): choice for step in item["steps"]}
             state.probed = [_key(*item) for item in data["probed"]]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
         for key in state.probed:
             if key in state.history:
-                state._last[key[0]] = _Entry(key[1], "", state.history[key], state.history[key][..., 3])
+                state._last[key[0]] = _Entry(key[1], "", state.history[key], state.history[key][..., CONCENTRATION])
         return state
 
     def save(self, path: str | Path) -> None:
@@ -167,7 +170,7 @@ class ProbeState:
 
 
 def _facts(choice: Tensor) -> dict[str, Any]:
-    candidates, densities, errors, _ = choice.float().flatten(0, -2).cpu().unbind(-1)
+    candidates, densities, errors, *_ = choice.float().flatten(0, -2).cpu().unbind(-1)
     pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
     settings = Counter("dense" if density >= 1 else CANDIDATES[round(number)].name for number, density in pairs)
     return {

@@ -58,6 +58,17 @@ def test_importance_is_that_of_torch(lengths, heads, dim, rows, cols, masked, ca
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_that_nobody_wants_get_no_importance(causal):
+    g = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 4, 300, 32, generator=g), torch.randn(2, 2, 300, 32, generator=g)
+    config = psa.PSAConfig(block_m=64, block_n=32, importance_rows=8, importance_cols=4)
+    wanted = torch.tensor([[True, False, False, True], [False, False, True, False]])
+    got = triton.plan_importance(q, k, config, scale=32**-0.5, is_causal=causal, wanted=wanted)
+    want = torch_importance(q, k, config, scale=32**-0.5, is_causal=causal)
+    torch.testing.assert_close(got, want * wanted[..., None, None], atol=1e-5, rtol=1e-4)
+
+
 FOUR = {1: (0.0, 0.4), 2: (0.4, 0.5), 4: (0.5, 0.6), 8: (0.6, 0.8)}
 MODES = {
     "topk": {"mask_mode": "topk"},

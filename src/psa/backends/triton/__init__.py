@@ -95,12 +95,22 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
 
 
 def plan_importance(
-    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    config: PSAConfig,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
-    """Pooled importance of tokens in the plan's order, as :func:`psa.importance.importance` gives it; two launches."""
+    """Pooled importance of tokens in the plan's order, as :func:`psa.importance.importance` gives it; two launches.
+
+    wanted: bool [B, H], heads that are to be scored; the others get 0 at little cost.
+    """
     from .select import estimate
 
-    return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask)
+    return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask, wanted=wanted)
 
 
 def plan_levels(

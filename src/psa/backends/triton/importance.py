@@ -81,13 +81,13 @@ def _real_counts(mask_ptr, stride, keys, length_k, COLS: tl.constexpr, KEYS: tl.
 
 @triton.jit
 def _importance_kernel(
-    q_ptr, k_ptr, mask_ptr, out_ptr, sums_ptr, peaks_ptr, power_ptr, first_real_ptr,
+    q_ptr, k_ptr, mask_ptr, out_ptr, sums_ptr, peaks_ptr, power_ptr, first_real_ptr, wanted_ptr,
     q_strides, k_strides, mask_strides, length_q, length_k, blocks_m, blocks_n, work_items, text_length,
     scale_log2, exponent, rank_exponent,
     head_dim: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POOL: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ENCODE: tl.constexpr, TEXT_FIRST: tl.constexpr,
-    POWER: tl.constexpr, RANKED: tl.constexpr,
+    POWER: tl.constexpr, RANKED: tl.constexpr, CHOOSY: tl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run together; each takes every so many-th group of query blocks.
 
@@ -129,6 +129,8 @@ def _importance_kernel(
         if CAUSAL:
             last = tl.minimum(first_row + ROWS * POOL, length_q) - 1 + length_k - length_q
             stop = tl.minimum(tl.maximum(last // (BLOCK_N * TILE_N) + 1, 0), tiles).to(tl.int32)
+        if CHOOSY:
+            stop = tl.where(tl.load(wanted_ptr + batch * HEADS + head) != 0, stop, 0)
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         k_head = k_ptr + batch * k_strides[0] + (head // GROUPS) * k_strides[1]
@@ -215,6 +217,7 @@ def importance(
     key_mask: Tensor | None = None,
     encode: tuple[float, float] | None = None,
     power: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """What :func:`psa.importance.importance` gives for ``"pooled"``: float32 [B, H, M, N], rows of sum one or zero.
 
@@ -225,6 +228,7 @@ def importance(
         encode: return keys of proportional mode instead (see :func:`.score.encode_shares`), with this exponent and
             rank exponent.
         power: float32 [B, H, :func:`power_parts`, D], takes the sums of the queries' squares.
+        wanted: bool [B, H], heads that are to be scored; the others get 0.
     """
     batch, heads, length_q, head_dim = q.shape
     blocks_m, blocks_n = -(-length_q // rules.block_m), -(-length_k // rules.block_n)
@@ -243,12 +247,14 @@ def importance(
     masked = key_mask is not None
     _importance_kernel[(programs,)](
         q, pooled_k, key_mask.view(torch.uint8) if masked else None, out, sums, peaks, power, rules.first_real,
+        wanted.contiguous().view(torch.uint8) if wanted is not None else None,
         q.stride(), pooled_k.stride(), key_mask.stride() if masked else (0, 1), length_q, length_k, blocks_m, blocks_n,
         work, rules.text_length, scale * LOG2E, exponent, rank_exponent,
         head_dim, HEADS=heads, GROUPS=heads // pooled_k.shape[1], BLOCK_M=rules.block_m, BLOCK_N=rules.block_n,
         POOL=rows, COLS=cols, ROWS=tile_rows, KEYS=keys, WIDTH=WIDTH, BLOCK_D=padded(head_dim),
         CAUSAL=rules.is_causal, MASKED=masked, ENCODE=encode is not None, TEXT_FIRST=rules.text_first,
         POWER=power is not None, RANKED=row_width(blocks_n) if ranked else 0,
+        CHOOSY=wanted is not None,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -181,10 +181,11 @@ def estimate(
     scale: float,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Importance float32 [B, H, M, N] of q [B, H, Lq, D] for k [B, Hkv, Lk, D]; see :func:`.importance.importance`."""
     rules = row_rules(config.block_m, config.block_n, is_causal, 0, "last", None)
-    pooled = {"rows": config.importance_rows, "cols": config.importance_cols}
+    pooled = {"rows": config.importance_rows, "cols": config.importance_cols, "wanted": wanted}
     pooled_k = pool_keys(k, config.importance_cols, key_mask)
     return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, **pooled)
 

@@ -17,12 +17,12 @@ from .variants import ARCHITECTURES, FIXED_TYPES, Variant, describe, instruction
 TYPES = FIXED_TYPES | {
     "mask_ptr": "*u8", "out_ptr": "*fp32", "sums_ptr": "*fp32", "peaks_ptr": "*fp32", "keys_ptr": "*fp32",
     "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32", "importance_ptr": "*fp32",
-    "source_ptr": "*fp32", "exponent": "fp32", "rank_exponent": "fp32", "ranked": "fp32", "density": "fp32",
-    "fixed_log_tau": "fp32",
+    "source_ptr": "*fp32", "wanted_ptr": "*u8", "exponent": "fp32", "rank_exponent": "fp32", "ranked": "fp32",
+    "density": "fp32", "fixed_log_tau": "fp32",
 }  # fmt: skip
 NEEDS = {
     "mask_ptr": "MASKED", "first_real_ptr": "MASKED", "settings_ptr": "PER_HEAD", "caps_ptr": "CAPPED",
-    "log_tau_ptr": "SOLVED",
+    "log_tau_ptr": "SOLVED", "wanted_ptr": "CHOOSY",
 }  # fmt: skip
 """Pointers that are there only with an option."""
 BIAS_POINTERS = {name for name in NO_BIAS if name.endswith("_ptr")}
@@ -110,6 +110,7 @@ def _logits(setting: Setting, arch: int, rules: dict[str, Any]) -> Iterator[Vari
     constants = rules | {
         "head_dim": setting.dim, "HEADS": 12, "GROUPS": setting.group, "POOL": 16, "COLS": 8, "ROWS": rows,
         "KEYS": keys, "WIDTH": WIDTH, "BLOCK_D": padded(setting.dim), "POWER": False, "RANKED": 0, "ENCODE": True,
+        "CHOOSY": False,
     }  # fmt: skip
     instruction = instruction_of(arch) if setting.dtype != "fp32" else "HMMA|HGMMA|UTC\\w*MMA"
     choices = {"": {"ENCODE": False}, "-keys": {}}
