@@ -121,8 +121,8 @@ def _importance_kernel(
             at = ((batch * HEADS + head) * groups_m + group) * head_dim
             tl.store(power_ptr + at + channels, tl.sum(squares, axis=0), mask=channels < head_dim)
         queries = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, False)
-        count = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
-        queries = (queries / count.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
+        averaged = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
+        queries = (queries / averaged.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
         last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
         real_row = first_row + row * POOL < length_q
         stop = tiles
