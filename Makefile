@@ -7,14 +7,15 @@ TORCH := torch==2.13.0
 LOCAL := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*.whl))
 SOURCE := $(if $(LOCAL),,--torch-backend=cpu)
 UV := UV_FIND_LINKS="$(if $(LOCAL),$(PIP_FIND_LINKS))" $(PYTHON) -m uv
-# Laid over the newest diffusers alone: beside it the import of 0.36 fails ("name 'logger' is not defined").
-TORCHAO := $(VENV)/torchao-0.18.0
-TESTS := PYTHONPATH=$(TORCHAO) $(RUN)/python -m pytest -n 2 --ignore=tests/triton
+TESTS := $(RUN)/python -m pytest -n 2 --ignore=tests/triton
 # Kernels are interpreted in a process of their own: the interpreter is chosen when they are imported.
 KERNELS := TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/triton
 # The oldest diffusers that is claimed, laid over the newest.
 FLOOR := $(VENV)/diffusers-0.36.0
 OLDEST := PYTHONPATH=$(FLOOR) $(RUN)/python -m pytest -n 2 tests/test_diffusers*.py tests/test_generate*.py
+# Laid over for its own tests alone: beside it the import of diffusers 0.36 fails ("name 'logger' is not defined").
+TORCHAO := $(VENV)/torchao-0.18.0
+QUANTISED := PYTHONPATH=$(TORCHAO) $(RUN)/python -m pytest tests/test_diffusers_hosts.py -k torchao
 
 .PHONY: help demo test test-all lint bench docs setup clean
 .DEFAULT_GOAL := help
@@ -37,11 +38,13 @@ test: setup lint $(FLOOR) $(TORCHAO)
 	$(TESTS) -m "not slow"
 	$(KERNELS) -m "not slow"
 	$(OLDEST) -m "not slow"
+	$(QUANTISED)
 
 test-all: setup lint $(FLOOR) $(TORCHAO)
 	$(TESTS)
 	$(KERNELS)
 	$(OLDEST)
+	$(QUANTISED)
 
 $(FLOOR): $(VENV)/.ready
 	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps diffusers==0.36.0 httpx

@@ -44,7 +44,7 @@ def work(rank, port, cases, results):
         for number, (name, degrees, options) in enumerate(cases):
             model, call = build(name)
             enable_parallelism(model, **degrees)
-            with psa.enable(model, replace=True, **options) as handle:
+            with psa.enable(model, replace=True, min_queries=0, **options) as handle:
                 out = model(**call, return_dict=False)[0]
                 stats = handle.stats
             if rank == 0:
@@ -86,7 +86,7 @@ def test_two_processes_make_what_one_makes(number, split):
     name, degrees, options = CASES[number]
     out, sparse_calls, density = split[number]
     model, call = build(name)
-    with torch.inference_mode(), psa.enable(model, **options) as handle:
+    with torch.inference_mode(), psa.enable(model, min_queries=0, **options) as handle:
         expected = model(**call, return_dict=False)[0]
         calls = handle.stats["sparse_calls"]
     error = (torch.from_numpy(out) - expected).norm() / expected.norm()

@@ -61,7 +61,7 @@ def enable_model(
         dense_first_frames, dense_last_frames: latent frames that read and are read in full.
         density_schedule: density of each step: a function of (step, steps) or a list stretched over the steps.
         min_queries: calls with no more tokens than this stay dense. Default: 1536 in the automatic mode, where shorter
-            sequences cost more to choose for than attention itself; else 0. Not under context parallelism.
+            sequences cost more to choose for than attention itself; else 0. Context parallelism counts all processes'.
         text_position: ``"first"`` or ``"last"``, for models that psa does not know.
         layout: how the tokens are made up, instead of reading it from the model.
         attention_config: a presets file laid over the built-in one.

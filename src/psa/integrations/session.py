@@ -121,9 +121,10 @@ class Session:
         """
         step = self.reader.step
         config = self.schedule.at(step, self.reader.steps, layer)
-        if config is not None and parallel is None and q.shape[1] <= (least := self.schedule.longest_dense(config)):
+        split = 1 if parallel is None else parallel.ring_degree * parallel.ulysses_degree
+        if config is not None and (tokens := q.shape[1] * split) <= (least := self.schedule.longest_dense(config)):
             self._tell(
-                f"calls of {q.shape[1]} tokens stay dense: up to {least}, choosing what to keep costs what it saves; "
+                f"calls of {tokens} tokens stay dense: up to {least}, choosing what to keep costs what it saves; "
                 "min_queries=0 (--min_queries 0) runs PSA all the same"
             )
             config = None

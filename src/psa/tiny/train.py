@@ -56,9 +56,9 @@ class Stage:
 
 STAGES = (
     Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
-    Stage("duo", 96, 9, 12, 1500, 4096, 1.4e-3, pairs=0.6),
-    Stage("wider", 128, 17, 4, 300, 1024, 1e-3, pairs=0.5, density=0.25),
-    Stage("whole", 128, 33, 2, 600, 1024, 6e-4, pairs=0.4, density=0.2),
+    Stage("pairs", 96, 9, 12, 1900, 4096, 1.4e-3, pairs=0.6),
+    Stage("wide", 128, 17, 4, 150, 1024, 1e-3, pairs=0.5, density=0.25),
+    Stage("native", 128, 33, 2, 800, 1024, 8e-4, pairs=0.4, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -276,7 +276,7 @@ def main(
     vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
     start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
-    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "whole",
+    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "native",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
