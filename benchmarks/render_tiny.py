@@ -1,5 +1,6 @@
 """Tables and the picture of the bundled model's results."""
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -15,18 +16,21 @@ def average(values: Iterable[float]) -> float:
 
 
 def match_table(rows: list[Row]) -> str:
-    """How often the checker sees what the prompt says, and a bound of how much rarer by PSA."""
+    """How often the checker sees what the prompt says, of one thing, of two and in all, and how much rarer by PSA."""
     by = {method: {row["seed"]: row for row in rows if row["method"] == method} for method in ("dense", "psa")}
     shared = sorted(by["dense"].keys() & by["psa"].keys())
-    lines = ["| method | videos | attention work | colour | shape | motion | all | below dense by |", "|" + "---|" * 8]
-    for method, found in by.items():
-        chosen = [found[seed] for seed in shared]
+    both = [seed for seed in shared if " and " in by["dense"][seed]["prompt"]]
+    counts = {"one": [seed for seed in shared if seed not in both], "two": both, "all": shared}
+    names = "| method | things | videos | attention work | colour | shape | motion | all | below dense by |"
+    lines = [names, "|" + "---|" * 9]
+    for (things, seeds), method in itertools.product(counts.items(), by):
+        chosen = [by[method][seed] for seed in seeds]
         rates = (f"{average(row[name] for row in chosen):.1%}" for name in ("colour", "shape", "motion", "all"))
-        worse = [by["dense"][seed]["all"] - found[seed]["all"] for seed in shared]
+        worse = [by["dense"][seed]["all"] - by["psa"][seed]["all"] for seed in seeds]
         bound = average(worse) + 1.645 * (average((x - average(worse)) ** 2 for x in worse) / max(1, len(worse))) ** 0.5
         below = "" if method == "dense" else f"≤ {100 * bound:.1f} points"
         work = average(row["measured_density"] for row in chosen)
-        lines.append(f"| {method} | {len(chosen)} | {work:.3f} | {' | '.join(rates)} | {below} |")
+        lines.append(f"| {method} | {things} | {len(chosen)} | {work:.3f} | {' | '.join(rates)} | {below} |")
     return "\n".join(lines)
 
 

@@ -58,7 +58,7 @@ STAGES = (
     Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
     Stage("pairs", 96, 9, 12, 1900, 4096, 1.4e-3, pairs=0.6),
     Stage("wide", 128, 17, 4, 150, 1024, 1e-3, pairs=0.5, density=0.25),
-    Stage("native", 128, 33, 2, 800, 1024, 8e-4, pairs=0.4, density=0.2),
+    Stage("native", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
