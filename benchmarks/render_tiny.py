@@ -17,7 +17,10 @@ def average(values: Iterable[float]) -> float:
 
 def match_table(rows: list[Row]) -> str:
     """How often the checker sees what the prompt says, of one thing, of two and in all, and how much rarer by PSA."""
-    by = {method: {row["seed"]: row for row in rows if row["method"] == method} for method in ("dense", "psa")}
+    by = {
+        method: {row["seed"]: row for row in rows if (row["method"], row["density"]) == (method, kept)}
+        for method, kept in (("dense", 1.0), ("psa", 0.15))
+    }
     shared = sorted(by["dense"].keys() & by["psa"].keys())
     both = [seed for seed in shared if " and " in by["dense"][seed]["prompt"]]
     counts = {"one": [seed for seed in shared if seed not in both], "two": both, "all": shared}
