@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+    pytest.skip("on any machine interpreted kernels cannot be compiled", allow_module_level=True)
 
 SOME = r"_psa_fwd_kernel/wan/|_importance_kernel-keys/(wan|single)/|_solve_kernel/wan/|_select_kernel-proportional/wan/"
 

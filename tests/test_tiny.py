@@ -20,7 +20,7 @@ from psa.tiny.autoencoder import train_autoencoder
 from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
-from psa.tiny.train import WORDS, Run, Stage, Student, start_from
+from psa.tiny.train import WORDS, PickedTimes, Run, Stage, Student, pick, start_from
 from psa.video import read_video
 
 things = st.builds(Thing, *(st.sampled_from(list(names)) for names in (SIZES, COLOURS, SHAPES, MOTIONS)))
@@ -107,7 +107,7 @@ def test_checker_counts_things():
 
 # -- training --------------------------------------------------------------------------------------------------------
 
-STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3), Stage("native", 48, 5, 2, 3, 4, 5e-4, density=0.5))
+STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3, seen=2), Stage("native", 48, 5, 2, 3, 4, 5e-4, density=0.5))
 
 
 def plain_run(folder, stages=STAGES):
@@ -131,6 +131,25 @@ def test_short_texts_are_read_as_if_padded():
             text = torch.cat((text, text.new_zeros(length - len(text), 64)))[None]
             want = student.transformer(noisy[row : row + 1], level[row : row + 1] * 1000, text).sample
             torch.testing.assert_close(got[row : row + 1], want, atol=2e-5, rtol=1e-4)
+
+
+def test_picked_latents_are_evenly_spaced_and_all_have_their_turn():
+    generator = torch.Generator().manual_seed(0)
+    stage = Stage("three", 32, 17, 1, 1, 1, 1e-3, seen=3)
+    drawn = [pick(stage, generator).tolist() for _ in range(200)]
+    assert {time for times in drawn for time in times} == set(range(stage.latents))
+    assert {b - a for a, b, _ in drawn} == {c - b for _, b, c in drawn} == {1, 2, 3, 4}
+    assert all(b - a == c - b for a, b, c in drawn)
+    assert pick(Stage("all", 32, 17, 1, 1, 1, 1e-3), generator).tolist() == list(range(9))
+
+
+def test_picked_latents_keep_their_positions():
+    rotary = PickedTimes(make_transformer().rope)
+    whole = rotary(torch.empty(2, 16, 9, 4, 6))
+    rotary.times = torch.tensor([1, 4, 7])
+    for some, every in zip(rotary(torch.empty(2, 16, 3, 4, 6)), whole, strict=True):
+        assert torch.equal(some, every.unflatten(1, (9, 24))[:, [1, 4, 7]].flatten(1, 2))
+        assert not torch.equal(some, every[:, : 3 * 24])
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):

@@ -38,12 +38,18 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="session")
+def compiler():
+    if backend.native_reasons():
+        pytest.skip("the engine is compiled where it runs, with or without a GPU: " + backend.native_reasons()[0])
+
+
 @pytest.fixture(params=["native", "blocks"])
 def engine(request, monkeypatch):
     if request.param == "blocks":
         monkeypatch.setenv("PSA_NATIVE", "0")
-    elif backend.native_reasons():
-        pytest.skip("this machine has no C compiler: " + backend.native_reasons()[0])
+    else:
+        request.getfixturevalue("compiler")
     return request.param
 
 
@@ -234,12 +240,11 @@ def test_an_item_alone_gives_the_bits_it_has_in_a_batch(engine, name):
 
 
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these flags exist on x86 only")
-def test_narrower_vectors(flags, monkeypatch, tmp_path):
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86, GPU or not")
+def test_narrower_vectors(flags, compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PSA_NATIVE_CFLAGS", f"{flags} -O1")
-    if backend.native_reasons():
-        pytest.skip("this machine has no C compiler: " + backend.native_reasons()[0])
+    assert not backend.native_reasons()
     assert calls.library().psa_vector_lanes() == (8 if flags == "-mno-avx512f" else 4)
     for name in ("all_biases", "wide_head", "dim_17"):
         q, k, v, selection = make(CASES[name])
@@ -268,9 +273,7 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch, tmp_path):
     assert backend.engine_for(torch.zeros(1)) == "blocks"
 
 
-def test_processes_that_compile_at_once_share_one_file(monkeypatch, tmp_path):
-    if backend.native_reasons():
-        pytest.skip("this machine has no C compiler: " + backend.native_reasons()[0])
+def test_processes_that_compile_at_once_share_one_file(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PSA_NATIVE_CFLAGS", "-O1")
     code = "from psa.backends.native import library; library()"

@@ -17,8 +17,6 @@ from psa.backends.triton.pool import build_pyramid
 from psa.backends.triton.transposed import readers
 from psa.pyramid import group_means
 
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
-
 CASES = {
     "one_token": Case(length_q=1, length_k=1, head_dim=16, block_m=64, block_n=16),
     "one_query": Case(length_q=1, length_k=500, head_dim=64, block_m=128, block_n=64, is_causal=True),

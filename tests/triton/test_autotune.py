@@ -12,8 +12,6 @@ from psa.backends import triton as backend
 from psa.backends.triton import autotune
 from psa.backends.triton.tune import Launch
 
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
-
 DEFAULT = Launch(128, 64, 64, 8, 2)
 CONSTANTS = {
     "D_PAD": 64, "block_m": 128, "block_n": 64, "GROUP": 1, "CAUSAL": False, "HAS_MASK": False, "ROW_BIAS": False,

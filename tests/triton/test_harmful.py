@@ -5,9 +5,6 @@ import torch
 from harmful import HARMFUL, smooth
 
 import psa
-from psa.backends import triton as backend
-
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter has no bfloat16

@@ -9,8 +9,6 @@ from launches import watched
 import psa
 from psa.backends import triton as backend
 
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
-
 MODES = {
     "topk": {"mask_mode": "topk"},
     "thresholdbound": {"mask_mode": "thresholdbound"},
@@ -76,6 +74,7 @@ OPTIONS = {
     "variance, ranked mode": ({"mask_mode": "topk"} | BIAS, {"length_q": 300, "batch": 1}),
     "caps": ({"mask_mode": "topk"} | CAPS, {}),
     "caps, masked": ({"density": 0.4} | CAPS, {"masked": True}),
+    "caps, dropping": (MODES["dropping"] | CAPS, GROUPED),
     "causal": ({"density": 0.4}, {"causal": True, "batch": 1}),
     "causal, masked": ({"mask_mode": "thresholdbound"}, {"causal": True, "masked": True}),
     "text": ({"density": 0.5}, {"text": 9, "position": "first", "batch": 1}),

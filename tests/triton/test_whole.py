@@ -10,8 +10,6 @@ from psa.backends import triton as backend
 from psa.backends.triton import whole
 from psa.backends.triton.attend import prepare
 
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="runs as TRITON_INTERPRET=1 pytest tests/triton")
-
 MODES = {
     "topk": {"mask_mode": "topk"},
     "thresholdbound": {"mask_mode": "thresholdbound"},

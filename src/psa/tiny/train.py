@@ -24,7 +24,7 @@ from ..config import PSAConfig
 from ..integrations import enable
 from . import path
 from .autoencoder import clips, train_autoencoder, write
-from .model import encode, make_text_encoder, make_tokenizer, make_transformer, save
+from .model import SPATIAL, TEMPORAL, encode, make_text_encoder, make_tokenizer, make_transformer, save
 
 Told = Callable[[str, int, float], None]
 WORDS = 24  # the longest caption has 18 with its end
@@ -43,10 +43,16 @@ class Stage:
     rate: float
     pairs: float = 0.25
     density: float = 1.0  # of self-attention; below 1 it is PSA's, forward and backward
+    seen: int = 0  # latent frames of each clip that a step sees, evenly spaced and at their own times; 0: all
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of a whole clip."""
+        return 1 + (self.frames - 1) // TEMPORAL
 
     @property
     def tokens(self) -> int:
-        return (1 + (self.frames - 1) // 2) * (self.pixels // 8) ** 2
+        return (self.seen or self.latents) * (self.pixels // SPATIAL) ** 2
 
     @property
     def shift(self) -> float:
@@ -58,7 +64,10 @@ STAGES = (
     Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
     Stage("pairs", 96, 9, 12, 1900, 4096, 1.4e-3, pairs=0.6),
     Stage("wide", 128, 17, 4, 150, 1024, 1e-3, pairs=0.5, density=0.25),
-    Stage("native", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
+    Stage("whole", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
+    Stage("three", 128, 33, 24, 650, 3072, 1.6e-3, pairs=0.5, seen=3),
+    Stage("five", 128, 33, 12, 700, 3072, 1.3e-3, pairs=0.5, seen=5),
+    Stage("native", 128, 33, 4, 1100, 3072, 9e-4, pairs=0.5, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -78,6 +87,22 @@ class PaddedText:
         return self.inner(attn, hidden, text, self.bias, rotary)
 
 
+class PickedTimes(nn.Module):
+    """Rotary positions for latent frames picked out of a longer clip: those at ``times``, or 0, 1, 2… without."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.times: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        if self.times is None:
+            return self.inner(hidden)
+        last, (height, width) = int(self.times[-1]), hidden.shape[3:]
+        whole = self.inner(hidden.new_empty(1, 1, last + 1, height, width, device="meta"))
+        return tuple(part.unflatten(1, (last + 1, -1))[:, self.times].flatten(1, 2) for part in whole)
+
+
 class Student(nn.Module):
     """Transformer and text encoder with the flow-matching loss."""
 
@@ -87,6 +112,7 @@ class Student(nn.Module):
         self.readers = [PaddedText(block.attn2.processor) for block in transformer.blocks]  # type: ignore[attr-defined]
         for block, reader in zip(transformer.blocks, self.readers, strict=True):  # type: ignore[arg-type]
             block.attn2.processor = reader
+        self.transformer.rope = self.rope = PickedTimes(transformer.rope)  # type: ignore[arg-type]
 
     def forward(self, noisy: Tensor, noise_level: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         """Velocity ``[batch, 16, frames, height, width]`` at ``noise_level`` in 0…1; ``ids`` ``[batch, WORDS]`` are
@@ -142,12 +168,23 @@ class Optimizers:
             part.load_state_dict(state)
 
 
+def pick(stage: Stage, generator: torch.Generator) -> Tensor:
+    """The latent frames that a step sees, int64: evenly spaced, near or far, early or late."""
+    seen = stage.seen or stage.latents
+    widest = max(1, (stage.latents - 1) // max(1, seen - 1))
+    step = int(torch.randint(1, widest + 1, (1,), generator=generator))
+    first = int(torch.randint(stage.latents - step * (seen - 1), (1,), generator=generator))
+    return first + step * torch.arange(seen)
+
+
 def make_pool(vae: Any, stage: Stage, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
-    """Latents (float16) and token ids of ``stage.pool`` rendered clips, fixed by the seed and kept in ``folder``."""
-    path = folder / f"pool_{stage.name}_{seed}_{stage.pool}_{stage.pixels}_{stage.frames}.pt"
+    """Latents (float16) and token ids of ``stage.pool`` rendered clips, fixed by the seed and kept in ``folder``, for
+    all stages that want the same."""
+    kind = f"{seed}_{stage.pool}_{stage.pixels}_{stage.frames}_{stage.pairs}"
+    path = folder / f"pool_{kind}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    rng, tokenizer, latents, texts = random.Random(f"{seed} {stage.name}"), make_tokenizer(), [], []
+    rng, tokenizer, latents, texts = random.Random(kind), make_tokenizer(), [], []
     with torch.no_grad():
         for start in range(0, stage.pool, 32):
             video, captions = clips(min(32, stage.pool - start), stage.frames, stage.pixels, rng, pairs=stage.pairs)
@@ -212,7 +249,9 @@ class Run:
             chosen = torch.randint(stage.pool, (stage.batch,), generator=generator)
             blank = torch.rand(stage.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
             texts = torch.where(blank, empty, ids[chosen])
-            loss = self.student.loss(latents[chosen].float(), texts, stage.shift, generator)
+            times = pick(stage, generator)
+            self.student.rope.times = times
+            loss = self.student.loss(latents[chosen][:, :, times].float(), texts, stage.shift, generator)
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             self.optimizers.step(self._rate(stage))

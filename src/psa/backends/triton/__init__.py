@@ -108,9 +108,13 @@ def plan_importance(
 
     wanted: bool [B, H], heads that are to be scored; the others get 0 at little cost.
     """
-    from .select import estimate
+    from .importance import importance, pool_keys
+    from .score import row_rules
 
-    return estimate(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask, wanted=wanted)
+    rules = row_rules(config.block_m, config.block_n, is_causal, 0, "last", None)
+    pooled = {"rows": config.importance_rows, "cols": config.importance_cols, "wanted": wanted}
+    pooled_k = pool_keys(k, config.importance_cols, key_mask)
+    return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, **pooled)
 
 
 def plan_levels(

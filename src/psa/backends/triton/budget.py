@@ -37,8 +37,8 @@ def _load_keys(keys_ptr, caps_ptr, head, at, total, blocks_n, GROUPS: tl.constex
 
 @triton.jit
 def _solve(
-    program, keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr, heads, length_q, length_k, blocks_m, blocks_n,
-    exponent, keep_all, density, ranked,
+    program, keys_ptr, caps_ptr, list_ptr, list_caps_ptr, log_tau_ptr, settings_ptr,
+    heads, length_q, length_k, blocks_m, blocks_n, exponent, keep_all, density, ranked,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, COARSEST: tl.constexpr, PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
     COUNT_CHUNK: tl.constexpr,
@@ -58,6 +58,7 @@ def _solve(
     keys_ptr += base
     list_ptr += base
     if CAPPED:
+        list_caps_ptr += base
         caps_ptr += batch.to(tl.int64) * (heads // GROUPS) * blocks_n
 
     visible = tl.zeros((), tl.int64)
@@ -101,6 +102,8 @@ def _solve(
             differs = (first != last).to(tl.int32)
             place = found + tl.cumsum(differs, 0) - 1
             tl.store(list_ptr + place, key, mask=differs != 0)
+            if CAPPED:
+                tl.store(list_caps_ptr + place, cap.to(tl.uint8), mask=differs != 0)
             kept_low += tl.sum(first.to(tl.int64))
             kept_high += tl.sum(last.to(tl.int64))
             fixed += tl.sum(tl.where(differs != 0, 0, first).to(tl.int64))
@@ -121,7 +124,10 @@ def _solve(
         for start in range(0, found, CHUNK):
             at = start + tl.arange(0, CHUNK).to(tl.int64)
             key = tl.load(list_ptr + at, mask=at < found, other=float("inf"))
-            kept += _kept(key, middle, 7, keep_all, COARSEST)
+            cap = tl.full(at.shape, 7, tl.int32)
+            if CAPPED:
+                cap = tl.load(list_caps_ptr + at, mask=at < found, other=7).to(tl.int32)
+            kept += _kept(key, middle, cap, keep_all, COARSEST)
         fits = kept <= budget
         low = tl.where(fits, low, middle)
         high = tl.where(fits, middle, high)
@@ -135,7 +141,7 @@ def _solve(
 
 @triton.jit
 def _solve_kernel(
-    keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr,
+    keys_ptr, caps_ptr, list_ptr, list_caps_ptr, log_tau_ptr, settings_ptr,
     rows_ptr, counts_ptr, power_ptr, cap_ptr, bias_ptr, power_out_ptr, cap_out_ptr,
     heads, length_q, length_k, blocks_m, blocks_n, exponent, keep_all, density, ranked, solvers,
     power_strides, cap_strides, counts_stride, chunks, blocks, rows, parts, share, limit, half_scale_squared,
@@ -151,9 +157,9 @@ def _solve_kernel(
     program = tl.program_id(0)
     if program < solvers:
         _solve(
-            program, keys_ptr, caps_ptr, list_ptr, log_tau_ptr, settings_ptr, heads, length_q, length_k, blocks_m,
-            blocks_n, exponent, keep_all, density, ranked, GROUPS, SHARED, CAPPED, COARSEST, PER_HEAD, BLOCK_M, BLOCK_N,
-            CAUSAL, SAMPLE, CHUNK, COUNT_CHUNK,
+            program, keys_ptr, caps_ptr, list_ptr, list_caps_ptr, log_tau_ptr, settings_ptr, heads, length_q, length_k,
+            blocks_m, blocks_n, exponent, keep_all, density, ranked, GROUPS, SHARED, CAPPED, COARSEST, PER_HEAD,
+            BLOCK_M, BLOCK_N, CAUSAL, SAMPLE, CHUNK, COUNT_CHUNK,
         )  # fmt: skip
     elif VARIANCE:
         row_bias(
@@ -198,14 +204,15 @@ def solve(
     batch, heads, blocks_m, blocks_n = keys.shape
     log_tau = torch.empty(batch, heads, dtype=torch.float32, device=keys.device)
     gathered = torch.empty_like(keys)
+    gathered_caps = torch.empty_like(keys, dtype=torch.uint8) if caps is not None else None
     solvers = batch if share_heads else batch * heads
     arguments = {"heads": heads, **NO_BIAS, **(bias.arguments if bias else {})}
     groups = {"GROUPS": heads // caps.shape[1] if caps is not None else 1, "BLOCK_N": rules.block_n}
     constants = {**groups, **(bias.constants if bias else NO_BIAS_CONSTANTS)}
     _solve_kernel[(solvers + (bias.programs if bias else 0),)](
-        keys, caps, gathered, log_tau, settings, length_q=lengths[0], length_k=lengths[1], blocks_m=blocks_m,
-        blocks_n=blocks_n, exponent=exponent, keep_all=int(keep_all), density=density, ranked=rank_exponent,
-        solvers=solvers, **arguments, **constants, SHARED=share_heads, CAPPED=caps is not None,
+        keys, caps, gathered, gathered_caps, log_tau, settings, length_q=lengths[0], length_k=lengths[1],
+        blocks_m=blocks_m, blocks_n=blocks_n, exponent=exponent, keep_all=int(keep_all), density=density,
+        ranked=rank_exponent, solvers=solvers, **arguments, **constants, SHARED=share_heads, CAPPED=caps is not None,
         COARSEST=level_exponent(rules.block_n), PER_HEAD=settings is not None, BLOCK_M=rules.block_m,
         CAUSAL=rules.is_causal, SAMPLE=SAMPLE, CHUNK=CHUNK, COUNT_CHUNK=COUNT_CHUNK, VARIANCE=bias is not None,
         **solve_options(bias is not None),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import PSAConfig
 from .bias import RowBias
 from .budget import solve
-from .importance import importance, pool_keys
+from .importance import importance
 from .rank import normalised, rank_indices, store_ranked_keys
 from .schedule import list_blocks
 from .score import (
@@ -20,7 +20,6 @@ from .score import (
     is_pinned,
     level_exponent,
     level_indices,
-    row_rules,
     row_width,
     visible_blocks,
 )
@@ -171,23 +170,6 @@ def allocate(
 def cap_indices(caps: Tensor) -> Tensor:
     """log2 of caps in {1, 2, 4, 8}: uint8."""
     return (caps > 1).to(torch.uint8) + (caps > 2) + (caps > 4)
-
-
-def estimate(
-    q: Tensor,
-    k: Tensor,
-    config: PSAConfig,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    key_mask: Tensor | None = None,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    """Importance float32 [B, H, M, N] of q [B, H, Lq, D] for k [B, Hkv, Lk, D]; see :func:`.importance.importance`."""
-    rules = row_rules(config.block_m, config.block_n, is_causal, 0, "last", None)
-    pooled = {"rows": config.importance_rows, "cols": config.importance_cols, "wanted": wanted}
-    pooled_k = pool_keys(k, config.importance_cols, key_mask)
-    return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, **pooled)
 
 
 def select(

@@ -16,13 +16,13 @@ from .variants import ARCHITECTURES, FIXED_TYPES, Variant, describe, instruction
 
 TYPES = FIXED_TYPES | {
     "mask_ptr": "*u8", "out_ptr": "*fp32", "sums_ptr": "*fp32", "peaks_ptr": "*fp32", "keys_ptr": "*fp32",
-    "list_ptr": "*fp32", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32", "importance_ptr": "*fp32",
-    "source_ptr": "*fp32", "wanted_ptr": "*u8", "exponent": "fp32", "rank_exponent": "fp32", "ranked": "fp32",
-    "density": "fp32", "fixed_log_tau": "fp32",
+    "list_ptr": "*fp32", "list_caps_ptr": "*u8", "log_tau_ptr": "*fp32", "settings_ptr": "*fp32",
+    "importance_ptr": "*fp32", "source_ptr": "*fp32", "wanted_ptr": "*u8", "exponent": "fp32",
+    "rank_exponent": "fp32", "ranked": "fp32", "density": "fp32", "fixed_log_tau": "fp32",
 }  # fmt: skip
 NEEDS = {
     "mask_ptr": "MASKED", "first_real_ptr": "MASKED", "settings_ptr": "PER_HEAD", "caps_ptr": "CAPPED",
-    "log_tau_ptr": "SOLVED", "wanted_ptr": "CHOOSY",
+    "list_caps_ptr": "CAPPED", "log_tau_ptr": "SOLVED", "wanted_ptr": "CHOOSY",
 }  # fmt: skip
 """Pointers that are there only with an option."""
 BIAS_POINTERS = {name for name in NO_BIAS if name.endswith("_ptr")}
