@@ -71,6 +71,24 @@ def test_short_sequences_stay_dense_in_the_automatic_mode(wan, monkeypatch):
         psa.enable(wan, min_queries=-1)
 
 
+@pytest.mark.parametrize(
+    ("pipe", "settings"), [("wan", {"mask_mode": "topk"}), ("cogvideo", {"tau": 0.02, "bias": "variance"})]
+)
+def test_fixed_settings_are_one_operator_on_a_gpu(pipe, settings, request, monkeypatch):
+    """Five launches instead of planning and attention apart; the kernels themselves are tested in tests/triton."""
+    pipe, config, served = request.getfixturevalue(pipe), psa.PSAConfig(**settings), []
+    with psa.enable(pipe, config=config) as handle:
+        apart = run(pipe, steps=2)
+        stats = handle.stats
+    operator = psa.functional.plan_and_attend
+    monkeypatch.setattr("psa.whole.on_gpu", lambda q: True)
+    monkeypatch.setattr("psa.functional.plan_and_attend", lambda *call: served.append(call) or operator(*call))
+    with psa.enable(pipe, config=config) as handle:
+        same(run(pipe, steps=2), apart)
+        assert handle.stats["steps"] == stats["steps"]
+    assert len(served) == stats["sparse_calls"] > 0
+
+
 def test_density_schedule(wan):
     with psa.enable(wan, density_schedule=[None, 0.6, 0.3]) as handle:
         run(wan, steps=3)

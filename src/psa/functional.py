@@ -72,12 +72,7 @@ def psa_attention(
     if plan is None:
         settings = resolve_config(config, density, target_error)
         tokens = {"grid": grid, "text_length": text_length, "text_position": text_position, "key_mask": key_mask}
-        if at_once(q, k, settings, backend):
-            out, lse, plan = _at_once(q, k, v, settings, backend, **call, **tokens)
-            out = (out, lse) if return_lse else out
-        else:
-            plan = make_plan(q, k, settings, v=v, **call, **tokens)
-            out = attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend)
+        out, plan = plan_then_attend(q, k, v, settings, backend, **call, **tokens, return_lse=return_lse)
     elif any(given is not None for given in (config, density, target_error, key_mask, grid)):
         raise ConfigError("plan: a given plan fixes config, density, target_error, grid and key_mask; leave them out")
     else:
@@ -235,28 +230,37 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _at_once(
+def plan_then_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     config: PSAConfig,
     backend: str,
     *,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    grid: Grid | None,
-    text_length: int,
-    text_position: str,
-    key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Plan]:
-    """out, lse and the plan: :func:`make_plan` and :func:`attend` by one operator (see :mod:`psa.whole`)."""
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    grid: Grid | None = None,
+    text_length: int = 0,
+    text_position: str = "last",
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+    state: SemanticState | None = None,
+    **probing: Any,
+) -> tuple[Any, Plan]:
+    """:func:`make_plan` and :func:`attend`, as one operator where that is faster (see :mod:`psa.whole`): what
+    :func:`attend` returns, and the plan. ``probing`` is for :func:`make_plan`: probes, layer and step."""
+    call = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
+    if not at_once(q, k, config, backend):
+        where |= {"grid": grid, "key_mask": key_mask, "state": state}
+        plan = make_plan(q, k, config, v=v, **call | where, **probing)
+        return attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend), plan
     q, k, v = _autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     check_text(q, k, grid, text_length, text_position, is_causal)
     check_key_mask(key_mask, k)
-    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
-    order, next_state = token_order(q, k, config, grid=grid, key_mask=key_mask, **where)
+    order, next_state = token_order(q, k, config, grid=grid, key_mask=key_mask, state=state, **where)
     mask = key_mask
     if order is not None:
         q, k, v = order.apply_q(q), order.apply_k(k), order.apply_k(v)
@@ -280,7 +284,10 @@ def _at_once(
         text=(text_length, text_position),
         reorder_state=next_state,
     )
-    return (out, lse, plan) if order is None else (order.restore_q(out), order.restore_q(lse), plan)
+    if order is not None:
+        out = order.restore_q(out)
+        lse = order.restore_q(lse) if return_lse else lse
+    return (out, lse) if return_lse else out, plan
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

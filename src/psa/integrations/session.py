@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAWarning, ShapeError
-from ..functional import attend, make_plan
+from ..functional import plan_then_attend
 from ..state import ProbeState
 from .denoising import Schedule, StepReader
 from .layout import Layout, read_layout
@@ -171,13 +171,13 @@ class Session:
             key_mask = None if key_mask is None else key_mask.roll(shift, 1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = q.shape[1] != k.shape[1]
-        plan = make_plan(
-            q, k, config, v=v, scale=scale, grid=grid if config.use_rearrange else None, text_length=text,
+        out, plan = plan_then_attend(
+            q, k, v, config, self.backend, scale=scale, grid=grid if config.use_rearrange else None, text_length=text,
             text_position=position, enable_gqa=gqa, key_mask=key_mask, probes=self.probes, layer=self._name(layer),
             step=self.reader.step,
         )  # fmt: skip
         self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
-        out = attend(q, k, v, plan, scale=scale, enable_gqa=gqa, backend=self.backend).transpose(1, 2)
+        out = out.transpose(1, 2)
         return out.roll(-shift, 1) if shift else out
 
     def _name(self, layer: int, chunk: int | None = None) -> str:
@@ -231,11 +231,10 @@ class Session:
         # Whole frames per process: chunks are smaller grids. Otherwise tokens keep their order.
         chunk = (grid[0] // world, *grid[1:]) if grid is not None and grid[0] % world == 0 else None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        plan = make_plan(
-            q, k, config, v=v, scale=scale, grid=chunk if config.use_rearrange else None, probes=self.probes,
-            layer=self._name(layer, next(chunks)), step=self.reader.step,
+        (out, lse), plan = plan_then_attend(
+            q, k, v, config, self.backend, scale=scale, grid=chunk if config.use_rearrange else None, return_lse=True,
+            probes=self.probes, layer=self._name(layer, next(chunks)), step=self.reader.step,
         )  # fmt: skip
-        out, lse = attend(q, k, v, plan, scale=scale, return_lse=True, backend=self.backend)
         if config is not DENSE:
             self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
         return out.transpose(1, 2), lse.transpose(1, 2)
