@@ -1,7 +1,9 @@
 """The bundled model: its grammar, its checker on rendered and on corrupted clips, its training, and what it makes."""
 
 import json
+import os
 import random
+import socket
 from collections import Counter
 
 import pytest
@@ -19,6 +21,7 @@ from psa.tiny import path
 from psa.tiny.autoencoder import train_autoencoder
 from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
+from psa.tiny.processes import Processes
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
 from psa.tiny.train import WORDS, PickedTimes, Run, Stage, Student, pick, start_from
 from psa.video import read_video
@@ -172,6 +175,31 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert second.losses == whole.losses
     for a, b in zip(second.average, whole.average, strict=True):
         assert torch.equal(a, b)
+
+
+def _train_as_one_of_two(rank, folder, port):
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    run = Run(folder, 0, STAGES, Processes.join())
+    run.train(make_vae().eval().requires_grad_(False), compiled=False)
+    torch.save((run.losses, [value.detach() for value in run.student.parameters()]), folder / f"end{rank}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    one, vae = plain_run(tmp_path / "one")
+    one.train(vae, compiled=False)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "two").mkdir()
+    torch.multiprocessing.spawn(_train_as_one_of_two, (tmp_path / "two", port), nprocs=2)
+    ends = [torch.load(tmp_path / "two" / f"end{rank}.pt") for rank in range(2)]
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+    for (name, step, loss), (its_name, its_step, its_loss) in zip(one.losses, ends[0][0], strict=True):
+        assert (name, step) == (its_name, its_step) and loss == pytest.approx(its_loss, rel=0.01)
+    with pytest.raises(ConfigError, match="2 processes cannot share a batch of 3"):
+        Run(tmp_path, 0, (Stage("odd", 32, 5, 3, 1, 1, 1e-3),), Processes(0, 2))
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -3,9 +3,12 @@
 The autoencoder comes first, then transformer and text encoder together by flow matching, from small clips to native
 ones. A run that is interrupted continues where it was when started again with the same ``--output``; ``--start``
 continues from a finished checkpoint, such as the shipped one, with ``--from-stage`` naming where.
+
+Processes on several cores share every batch: ``torchrun --nproc-per-node 2 -m psa.tiny.train --output runs/tiny``.
 """
 
 import contextlib
+import functools
 import json
 import math
 import random
@@ -25,6 +28,7 @@ from ..integrations import enable
 from . import path
 from .autoencoder import clips, train_autoencoder, write
 from .model import SPATIAL, TEMPORAL, encode, make_text_encoder, make_tokenizer, make_transformer, save
+from .processes import Processes
 
 Told = Callable[[str, int, float], None]
 WORDS = 24  # the longest caption has 18 with its end
@@ -125,14 +129,18 @@ class Student(nn.Module):
             reader.bias = bias
         return self.transformer(noisy, noise_level * 1000, text, return_dict=False)[0]
 
-    def loss(self, clean: Tensor, ids: Tensor, shift: float, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the velocity at noise levels drawn logit-normal, then shifted."""
+    def loss(
+        self, clean: Tensor, ids: Tensor, shift: float, generator: torch.Generator, share: slice = slice(None)
+    ) -> Tensor:
+        """Mean squared error of the velocity at noise levels drawn logit-normal, then shifted, over a share of the
+        batch."""
         batch = len(clean)
         level = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
         level = shift * level / (1 + (shift - 1) * level)
         noise = torch.randn(clean.shape, generator=generator)
         part = level[:, None, None, None, None]
         rows = torch.exp(torch.empty(batch).uniform_(math.log(WORDS + 8), math.log(512), generator=generator))
+        clean, noise, part, level, ids, rows = (x[share] for x in (clean, noise, part, level, ids, rows))
         with torch.autocast("cpu", torch.bfloat16):
             velocity = self(clean + part * (noise - clean), level, ids, rows)
         return (velocity.float() - (noise - clean)).square().mean()
@@ -199,8 +207,11 @@ def make_pool(vae: Any, stage: Stage, seed: int, folder: Path) -> tuple[Tensor, 
 class Run:
     """One training run in a folder: what it has learnt, where it is, and its record of losses."""
 
-    def __init__(self, folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES):
+    def __init__(self, folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, processes: Processes | None = None):
         self.folder, self.seed, self.stages = folder, seed, stages
+        self.processes = processes or Processes()
+        for stage in stages:
+            self.processes.share(stage.batch)  # a batch that cannot be shared is an error now, not hours later
         torch.manual_seed(seed)
         self.student = Student(make_transformer(), make_text_encoder())
         self.optimizers = Optimizers(self.student)
@@ -220,6 +231,8 @@ class Run:
 
     def save(self) -> None:
         """Everything that the next start needs."""
+        if not self.processes.is_first:
+            return
         body = {"weights": self.student.state_dict(), "optimizers": self.optimizers.state_dict()}
         body |= {"average": self.average, "stage": self.stage, "step": self.step}
         write(self.folder / "run.pt", body | {"seconds": self.seconds, "losses": self.losses})
@@ -235,12 +248,16 @@ class Run:
             transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")
             sparse = PSAConfig(density=stage.density, mask_mode="proportional", exponent=1.0, bias="variance")
             with enable(transformer, config=sparse) if stage.density < 1 else contextlib.nullcontext():
-                self._train_stage(stage, make_pool(vae, stage, self.seed, self.folder), every, on_step)
+                pool = self.processes.first_then_others(
+                    functools.partial(make_pool, vae, stage, self.seed, self.folder)
+                )
+                self._train_stage(stage, pool, every, on_step)
             self.stage, self.step = self.stage + 1, 0
             self.save()
 
     def _train_stage(self, stage: Stage, pool: tuple[Tensor, Tensor], every: int, on_step: Told) -> None:
         latents, ids = pool
+        share = self.processes.share(stage.batch)
         empty = torch.zeros(WORDS, dtype=torch.long)
         empty[0] = 1
         while self.step < stage.steps:
@@ -251,8 +268,11 @@ class Run:
             texts = torch.where(blank, empty, ids[chosen])
             times = pick(stage, generator)
             self.student.rope.times = times
-            loss = self.student.loss(latents[chosen][:, :, times].float(), texts, stage.shift, generator)
+            loss = self.student.loss(latents[chosen][:, :, times].float(), texts, stage.shift, generator, share)
             loss.backward()
+            loss = loss.detach()
+            gradients = [value.grad for value in self.student.parameters() if value.grad is not None]
+            self.processes.average([*gradients, loss])
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             self.optimizers.step(self._rate(stage))
             self._follow()
@@ -282,7 +302,7 @@ class Run:
                 value.copy_(mean)
         save(folder, vae, student.text_encoder, student.transformer, flow_shift=FLOW_SHIFT)
         curve = [(name, step, round(loss, 4)) for name, step, loss in self.losses if step % 20 == 0]
-        body = {"seed": self.seed, "seconds": round(self.seconds), "threads": torch.get_num_threads()}
+        body = {"seed": self.seed, "seconds": round(self.seconds), "processes": self.processes.count}
         body |= {"stages": [stage.__dict__ for stage in self.stages], "loss": curve, "torch": torch.__version__}
         (folder / "training.json").write_text(json.dumps(body))
 
@@ -304,9 +324,11 @@ def start_from(run: Run, folder: Path, stage: str) -> None:
     run.save()
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     count, loss = MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}")
-    return Progress(TextColumn("{task.description}"), BarColumn(), count, loss, TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), count, loss, TimeRemainingColumn(), disable=not shown
+    )
 
 
 def main(
@@ -323,10 +345,11 @@ def main(
         replace(stage, steps=max(1, round(stage.steps * scale)), pool=max(stage.batch, round(stage.pool * scale)))
         for stage in STAGES
     )
-    run = Run(output, seed, stages)
+    processes = Processes.join()
+    run = Run(output, seed, stages, processes)
     if start and run.stage == run.step == 0:
         start_from(run, path() if start == "shipped" else Path(start), from_stage)
-    with _progress() as progress:
+    with _progress(processes.is_first) as progress:
         lengths = dict(zip(("autoencoder", "sharpening"), vae_steps, strict=True)) | {
             stage.name: stage.steps for stage in stages
         }
@@ -335,10 +358,13 @@ def main(
         def on_step(name: str, step: int, loss: float) -> None:
             progress.update(bars[name], completed=step, loss=loss)
 
-        vae = train_autoencoder(output, steps=vae_steps, seed=seed, on_step=on_step)
+        vae = processes.first_then_others(
+            lambda: train_autoencoder(output, steps=vae_steps, seed=seed, on_step=on_step)
+        )
         run.train(vae, compiled=compiled, on_step=on_step)
-    run.export(vae, output / "model")
-    typer.echo(f"wrote {output / 'model'} after {run.seconds:.0f} s of training")
+    if processes.is_first:
+        run.export(vae, output / "model")
+        typer.echo(f"wrote {output / 'model'} after {run.seconds:.0f} s of training")
 
 
 if __name__ == "__main__":
