@@ -54,11 +54,12 @@ def likeness_table(rows: list[Row]) -> str:
 def training_table(path: Path) -> str:
     """The stages of the training, from its record."""
     facts = json.loads(path.read_text())
-    lines = ["| stage | pixels | frames | tokens | batch | steps | clips | loss at the end |", "|" + "---|" * 8]
+    names = "| stage | pixels | frames | latent frames seen | tokens | batch | steps | clips | loss at the end |"
+    lines = [names, "|" + "---|" * 9]
     for stage in facts["stages"]:
         last = [loss for name, _, loss in facts["loss"] if name == stage["name"]][-5:]
-        tokens = (1 + (stage["frames"] - 1) // 2) * (stage["pixels"] // 8) ** 2
-        cells = [stage[name] for name in ("name", "pixels", "frames")] + [tokens]
+        seen = stage["seen"] or 1 + (stage["frames"] - 1) // 2
+        cells = [stage[name] for name in ("name", "pixels", "frames")] + [seen, seen * (stage["pixels"] // 8) ** 2]
         cells += [stage[name] for name in ("batch", "steps", "pool")] + [f"{average(last):.3f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -71,7 +71,9 @@ STAGES = (
     Stage("whole", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
     Stage("three", 128, 33, 24, 650, 3072, 1.6e-3, pairs=0.5, seen=3),
     Stage("five", 128, 33, 12, 700, 3072, 1.3e-3, pairs=0.5, seen=5),
-    Stage("native", 128, 33, 4, 1100, 3072, 9e-4, pairs=0.5, density=0.2),
+    Stage("duets", 128, 33, 24, 800, 3148, 1.4e-3, pairs=0.8, seen=3),
+    Stage("joined", 128, 33, 4, 380, 3148, 9e-4, pairs=0.8, density=0.2),
+    Stage("native", 128, 33, 4, 340, 3148, 8e-4, pairs=0.8, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
