@@ -24,6 +24,7 @@ def match_table(rows: list[Row]) -> str:
     shared = sorted(by["dense"].keys() & by["psa"].keys())
     both = [seed for seed in shared if " and " in by["dense"][seed]["prompt"]]
     counts = {"one": [seed for seed in shared if seed not in both], "two": both, "all": shared}
+    counts = {things: seeds for things, seeds in counts.items() if seeds}
     names = "| method | things | videos | attention work | colour | shape | motion | all | below dense by |"
     lines = [names, "|" + "---|" * 9]
     for (things, seeds), method in itertools.product(counts.items(), by):

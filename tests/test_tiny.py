@@ -248,12 +248,12 @@ def test_it_is_small():
 
 
 def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
-    """On a smaller canvas than the native one, to keep this short; benchmarks/tiny.py does the native one."""
+    """Clips of half the native length, to keep this short; benchmarks/tiny.py makes native ones."""
     rng = random.Random("a dozen")
     right = {"dense": Counter(), "psa": Counter()}
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
-        size = {"width": 96, "height": 96, "frames": 17, "steps": 8}
+        size = {"frames": 17, "steps": 8}
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
         with psa.enable(pipe, config=demo.rivals(0.15)["psa"], min_queries=0):
             right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))

@@ -68,12 +68,9 @@ STAGES = (
     Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
     Stage("pairs", 96, 9, 12, 1900, 4096, 1.4e-3, pairs=0.6),
     Stage("wide", 128, 17, 4, 150, 1024, 1e-3, pairs=0.5, density=0.25),
-    Stage("whole", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
+    Stage("native", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
     Stage("three", 128, 33, 24, 650, 3072, 1.6e-3, pairs=0.5, seen=3),
     Stage("five", 128, 33, 12, 700, 3072, 1.3e-3, pairs=0.5, seen=5),
-    Stage("duets", 128, 33, 24, 800, 3148, 1.4e-3, pairs=0.8, seen=3),
-    Stage("joined", 128, 33, 4, 380, 3148, 9e-4, pairs=0.8, density=0.2),
-    Stage("native", 128, 33, 4, 340, 3148, 8e-4, pairs=0.8, density=0.2),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -339,7 +336,7 @@ def main(
     vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
     start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
-    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "native",
+    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "five",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
