@@ -12,7 +12,7 @@ from .config import PSAConfig
 from .errors import ConfigError, ShapeError
 from .order import token_order
 from .plan import Plan
-from .reorder import SemanticState
+from .reorder import Permutation, SemanticState
 from .slope import slope_correction
 from .state import ProbeState
 from .whole import at_once, plan_and_attend
@@ -115,20 +115,11 @@ def make_plan(
         probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
             state says; without, it probes.
     """
-    q, k = _autocast(q, k)
-    v = None if v is None else _autocast(v)[0]
-    check_tensors(q, k, v, enable_gqa)
     settings = resolve_config(config, density, target_error)
-    scale = check_scale(scale, q.shape[-1])
-    check_text(q, k, grid, text_length, text_position, is_causal)
-    check_key_mask(key_mask, k)
     where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
-    permutation, next_state = token_order(q, k, settings, grid=grid, key_mask=key_mask, state=state, **where)
-    mask_in_order = key_mask
-    if permutation is not None:
-        q, k = permutation.apply_q(q), permutation.apply_k(k)
-        v = None if v is None else permutation.apply_k(v)
-        mask_in_order = None if key_mask is None else permutation.apply_k_mask(key_mask)
+    tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
+    q, k, v, mask, order, next_state = _in_order(q, k, v, settings, **where, **tokens)
+    scale = check_scale(scale, q.shape[-1])
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
@@ -140,7 +131,7 @@ def make_plan(
         k,
         v,
         importance,
-        mask_in_order,
+        mask,
         None if choice is None else choice[..., :4].contiguous(),
         settings.key,
         scale,
@@ -155,7 +146,7 @@ def make_plan(
         q.shape[2],
         k.shape[2],
         is_causal,
-        permutation,
+        order,
         query_power=power if power.numel() else None,
         bias_cap=caps if caps.numel() else None,
         pair_bias=pairs if pairs.numel() else None,
@@ -256,15 +247,8 @@ def plan_then_attend(
         where |= {"grid": grid, "key_mask": key_mask, "state": state}
         plan = make_plan(q, k, config, v=v, **call | where, **probing)
         return attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend), plan
-    q, k, v = _autocast(q, k, v)
-    check_tensors(q, k, v, enable_gqa)
-    check_text(q, k, grid, text_length, text_position, is_causal)
-    check_key_mask(key_mask, k)
-    order, next_state = token_order(q, k, config, grid=grid, key_mask=key_mask, state=state, **where)
-    mask = key_mask
-    if order is not None:
-        q, k, v = order.apply_q(q), order.apply_k(k), order.apply_k(v)
-        mask = None if key_mask is None else order.apply_k_mask(key_mask)
+    tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
+    q, k, v, mask, order, next_state = _in_order(q, k, v, config, **where, **tokens)
     scale = check_scale(scale, q.shape[-1])
     out, lse, levels, power, cap = plan_and_attend(
         q, k, v, mask, config.key, scale, is_causal, text_length, text_position, backend
@@ -329,6 +313,23 @@ def resolve_config(config: PSAConfig | None, density: float | None, target_error
 
 
 _DEFAULT = PSAConfig()
+
+
+def _in_order(
+    q: Tensor, k: Tensor, v: Any, config: PSAConfig, *, key_mask: Tensor | None, enable_gqa: bool, **where: Any
+) -> tuple[Tensor, Tensor, Any, Tensor | None, Permutation | None, SemanticState | None]:
+    """Checked q, k, v (or None) and key mask in the plan's token order, that order, and the next call's state.
+    ``where`` holds the other arguments of :func:`token_order`."""
+    q, k, v = _autocast(q, k, v)
+    check_tensors(q, k, v, enable_gqa)
+    check_text(q, k, where["grid"], where["text_length"], where["text_position"], where["is_causal"])
+    check_key_mask(key_mask, k)
+    order, next_state = token_order(q, k, config, key_mask=key_mask, **where)
+    if order is None:
+        return q, k, v, key_mask, None, next_state
+    v = None if v is None else order.apply_k(v)
+    mask = None if key_mask is None else order.apply_k_mask(key_mask)
+    return order.apply_q(q), order.apply_k(k), v, mask, order, next_state
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
