@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from psa.tiny.train import Stage
+
 Row = dict
 
 
@@ -65,11 +67,12 @@ def training_table(path: Path) -> str:
     facts = json.loads(path.read_text())
     names = "| stage | pixels | frames | latent frames seen | tokens | batch | steps | clips | loss at the end |"
     lines = [names, "|" + "---|" * 9]
-    for stage in facts["stages"]:
-        last = [loss for name, _, loss in facts["loss"] if name == stage["name"]][-5:]
-        seen = stage["seen"] or 1 + (stage["frames"] - 1) // 2
-        cells = [stage[name] for name in ("name", "pixels", "frames")] + [seen, seen * (stage["pixels"] // 8) ** 2]
-        cells += [stage[name] for name in ("batch", "steps", "pool")] + [f"{average(last):.3f}"]
+    for stage in (Stage(**stage) for stage in facts["stages"]):
+        last = [loss for name, _, loss in facts["loss"] if name == stage.name][-5:]
+        kinds = sorted({(part.tokens, part.seen or part.latents, part.batch) for part in stage.parts})
+        tokens, seen, batch = (", ".join(map(str, values)) for values in zip(*kinds, strict=True))
+        loss = f"{average(last):.3f}"
+        cells = stage.name, stage.pixels, stage.frames, seen, tokens, batch, stage.steps, stage.pool, loss
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -23,7 +23,8 @@ from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.processes import Processes
 from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
-from psa.tiny.train import WORDS, PickedTimes, Run, Stage, Student, pick, start_from
+from psa.tiny.student import WORDS, PickedTimes, Student
+from psa.tiny.train import Run, Stage, pick, start_from
 from psa.video import read_video
 
 things = st.builds(Thing, *(st.sampled_from(list(names)) for names in (SIZES, COLOURS, SHAPES, MOTIONS)))
@@ -110,7 +111,10 @@ def test_checker_counts_things():
 
 # -- training --------------------------------------------------------------------------------------------------------
 
-STAGES = (Stage("parts", 32, 5, 2, 3, 4, 1e-3, seen=2), Stage("native", 48, 5, 2, 3, 4, 5e-4, density=0.5))
+STAGES = (
+    Stage("parts", 32, 5, 2, 3, 4, 1e-3, seen=2),
+    Stage("native", 48, 5, 4, 3, 4, 5e-4, density=0.5, turns=((2, 4), (0, 2))),
+)
 
 
 def plain_run(folder, stages=STAGES):

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +29,9 @@ from . import path
 from .autoencoder import clips, train_autoencoder, write
 from .model import SPATIAL, TEMPORAL, encode, make_text_encoder, make_tokenizer, make_transformer, save
 from .processes import Processes
+from .student import WORDS, Student
 
 Told = Callable[[str, int, float], None]
-WORDS = 24  # the longest caption has 18 with its end
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Stage:
     pairs: float = 0.25
     density: float = 1.0  # of self-attention; below 1 it is PSA's, forward and backward
     seen: int = 0  # latent frames of each clip that a step sees, evenly spaced and at their own times; 0: all
+    turns: tuple[tuple[int, int], ...] = ()  # (seen, batch) that successive steps take in turn, instead of these two
 
     @property
     def latents(self) -> int:
@@ -57,6 +58,14 @@ class Stage:
     @property
     def tokens(self) -> int:
         return (self.seen or self.latents) * (self.pixels // SPATIAL) ** 2
+
+    @property
+    def parts(self) -> "tuple[Stage, ...]":
+        """The kinds of step that take turns, each as a stage of its own; those that see part of a clip are dense."""
+        if not self.turns:
+            return (self,)
+        kinds = ((seen, batch, 1.0 if seen else self.density) for seen, batch in self.turns)
+        return tuple(replace(self, seen=seen, batch=batch, density=density, turns=()) for seen, batch, density in kinds)
 
     @property
     def shift(self) -> float:
@@ -73,76 +82,6 @@ STAGES = (
     Stage("five", 128, 33, 12, 700, 3072, 1.3e-3, pairs=0.5, seen=5),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
-
-
-class PaddedText:
-    """Cross-attention as with a text padded by zeros to any length, at the cost of a short one.
-
-    A pipeline pads every text, by default to 512 rows, and equal rows weigh as one row whose logit grows by the
-    logarithm of their number; ``bias`` ``[batch, 1, 1, WORDS]`` holds that.
-    """
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-        self.bias: Tensor | None = None
-
-    def __call__(self, attn: Any, hidden: Tensor, text: Tensor, mask: Any = None, rotary: Any = None) -> Tensor:
-        return self.inner(attn, hidden, text, self.bias, rotary)
-
-
-class PickedTimes(nn.Module):
-    """Rotary positions for latent frames picked out of a longer clip: those at ``times``, or 0, 1, 2… without."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-        self.times: Tensor | None = None
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        if self.times is None:
-            return self.inner(hidden)
-        last, (height, width) = int(self.times[-1]), hidden.shape[3:]
-        whole = self.inner(hidden.new_empty(1, 1, last + 1, height, width, device="meta"))
-        return tuple(part.unflatten(1, (last + 1, -1))[:, self.times].flatten(1, 2) for part in whole)
-
-
-class Student(nn.Module):
-    """Transformer and text encoder with the flow-matching loss."""
-
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module):
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
-        self.readers = [PaddedText(block.attn2.processor) for block in transformer.blocks]  # type: ignore[attr-defined]
-        for block, reader in zip(transformer.blocks, self.readers, strict=True):  # type: ignore[arg-type]
-            block.attn2.processor = reader
-        self.transformer.rope = self.rope = PickedTimes(transformer.rope)  # type: ignore[arg-type]
-
-    def forward(self, noisy: Tensor, noise_level: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        """Velocity ``[batch, 16, frames, height, width]`` at ``noise_level`` in 0…1; ``ids`` ``[batch, WORDS]`` are
-        read as if a pipeline had padded them to ``rows``."""
-        real = ids != 0
-        text = self.text_encoder(ids, real).last_hidden_state * real[:, :, None]
-        weight = (rows - real.sum(1)) / (WORDS - real.sum(1))
-        bias = torch.where(real, 0.0, weight.log()[:, None])[:, None, None]
-        for reader in self.readers:
-            reader.bias = bias
-        return self.transformer(noisy, noise_level * 1000, text, return_dict=False)[0]
-
-    def loss(
-        self, clean: Tensor, ids: Tensor, shift: float, generator: torch.Generator, share: slice = slice(None)
-    ) -> Tensor:
-        """Mean squared error of the velocity at noise levels drawn logit-normal, then shifted, over a share of the
-        batch."""
-        batch = len(clean)
-        level = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
-        level = shift * level / (1 + (shift - 1) * level)
-        noise = torch.randn(clean.shape, generator=generator)
-        part = level[:, None, None, None, None]
-        rows = torch.exp(torch.empty(batch).uniform_(math.log(WORDS + 8), math.log(512), generator=generator))
-        clean, noise, part, level, ids, rows = (x[share] for x in (clean, noise, part, level, ids, rows))
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = self(clean + part * (noise - clean), level, ids, rows)
-        return (velocity.float() - (noise - clean)).square().mean()
 
 
 class Optimizers:
@@ -209,8 +148,8 @@ class Run:
     def __init__(self, folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, processes: Processes | None = None):
         self.folder, self.seed, self.stages = folder, seed, stages
         self.processes = processes or Processes()
-        for stage in stages:
-            self.processes.share(stage.batch)  # a batch that cannot be shared is an error now, not hours later
+        for part in (part for stage in stages for part in stage.parts):
+            self.processes.share(part.batch)  # a batch that cannot be shared is an error now, not hours later
         torch.manual_seed(seed)
         self.student = Student(make_transformer(), make_text_encoder())
         self.optimizers = Optimizers(self.student)
@@ -238,37 +177,45 @@ class Run:
 
     def train(self, vae: Any, *, compiled: bool = True, every: int = 100, on_step: Told = lambda *told: None) -> None:
         """Trains what is left of the stages; ``on_step(stage name, step, loss)`` after every step."""
-        transformer: Any = self.student.transformer
         if compiled:
+            transformer: Any = self.student.transformer
             transformer.compile_repeated_blocks(dynamic=False)
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
-            # Short sequences: three plain products are faster than the fused kernel, whose backward is slow on CPUs.
-            transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")
-            sparse = PSAConfig(density=stage.density, mask_mode="proportional", exponent=1.0, bias="variance")
-            with enable(transformer, config=sparse) if stage.density < 1 else contextlib.nullcontext():
-                pool = self.processes.first_then_others(
-                    functools.partial(make_pool, vae, stage, self.seed, self.folder)
-                )
-                self._train_stage(stage, pool, every, on_step)
+            pool = self.processes.first_then_others(functools.partial(make_pool, vae, stage, self.seed, self.folder))
+            self._train_stage(stage, pool, every, on_step)
             self.stage, self.step = self.stage + 1, 0
             self.save()
 
+    @contextlib.contextmanager
+    def _attention(self, stage: Stage) -> Iterator[None]:
+        transformer: Any = self.student.transformer
+        if stage.density == 1:
+            # Short sequences: three plain products are faster than the fused kernel, whose backward is slow on CPUs.
+            transformer.set_attention_backend("_native_math" if stage.tokens < 1500 else "native")
+            yield
+            return
+        sparse = PSAConfig(density=stage.density, mask_mode="proportional", exponent=1.0, bias="variance")
+        with enable(transformer, config=sparse), torch.compiler.set_stance("force_eager"):
+            yield
+
     def _train_stage(self, stage: Stage, pool: tuple[Tensor, Tensor], every: int, on_step: Told) -> None:
         latents, ids = pool
-        share = self.processes.share(stage.batch)
         empty = torch.zeros(WORDS, dtype=torch.long)
         empty[0] = 1
         while self.step < stage.steps:
             began = time.perf_counter()
+            part = stage.parts[self.step % len(stage.parts)]
             generator = torch.Generator().manual_seed((self.seed * 64 + self.stage) * 1_000_003 + self.step)
-            chosen = torch.randint(stage.pool, (stage.batch,), generator=generator)
-            blank = torch.rand(stage.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
+            chosen = torch.randint(stage.pool, (part.batch,), generator=generator)
+            blank = torch.rand(part.batch, 1, generator=generator) < 0.12  # for classifier-free guidance
             texts = torch.where(blank, empty, ids[chosen])
-            times = pick(stage, generator)
+            times = pick(part, generator)
             self.student.rope.times = times
-            loss = self.student.loss(latents[chosen][:, :, times].float(), texts, stage.shift, generator, share)
-            loss.backward()
+            clean, share = latents[chosen][:, :, times].float(), self.processes.share(part.batch)
+            with self._attention(part):
+                loss = self.student.loss(clean, texts, part.shift, generator, share)
+                loss.backward()
             loss = loss.detach()
             gradients = [value.grad for value in self.student.parameters() if value.grad is not None]
             self.processes.average([*gradients, loss])
