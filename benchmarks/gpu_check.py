@@ -16,12 +16,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 BUDGETS = {"quick": 220.0, "part": 455.0, "dry": 600.0}
 """Seconds after which nothing further is started."""
@@ -74,25 +70,6 @@ def describe(row: dict) -> str:
     return f"       {row['case']:28} {row['what']:24} {'  '.join(parts)}"
 
 
-def spread(work: Callable, tasks: Iterable[tuple], workers: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
-    """Each task and ``work(*task)``, as they come, from several processes; None for what was not begun in time."""
-    tasks, end = list(tasks), time.monotonic() + seconds
-    if workers == 1:
-        yield from ((task, work(*task) if time.monotonic() < end else None) for task in tasks)
-        return
-    pool = ProcessPoolExecutor(min(workers, max(1, len(tasks))), mp_context=get_context("spawn"))
-    futures = {pool.submit(work, *task): task for task in tasks}
-    try:
-        for future in as_completed(futures, timeout=max(1.0, seconds)):
-            yield futures.pop(future), future.result()
-    except TimeoutError:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future, task in futures.items():
-            yield task, None if future.cancelled() else future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def machine_facts(dry: bool) -> dict:
     import torch
     import triton
@@ -127,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     mode = "dry" if options.dry else "part" if options.part else "quick"
     recorder = Recorder(out, facts, options.seconds or BUDGETS[mode], options.again)
     device = torch.device("cpu" if options.dry else "cuda")
-    workers = options.workers or (1 if options.dry else max(1, min(8, (os.cpu_count() or 1) // 2)))
+    workers = options.workers or (0 if options.dry else max(1, min(8, (os.cpu_count() or 1) // 2)))
     if options.part != 2:
         gpu_verify.run(recorder, device, mode, options.only, workers)
     if recorder.failed == 0 or options.force:

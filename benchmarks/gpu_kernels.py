@@ -7,13 +7,14 @@ import torch
 from cases import Case, make
 from torch import Tensor
 
-from psa.allocate import allocate_levels, block_mask
+from psa.allocate import allocate_by, allocate_levels, block_mask
 from psa.backends import reference
 from psa.backends import triton as backend
 from psa.backends.triton import schedule, select, whole
 from psa.backends.triton.score import row_rules
 from psa.config import PSAConfig
 from psa.importance import importance
+from psa.plan import Plan
 from psa.schedule import build_schedule
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -91,9 +92,9 @@ def check_attention(call: Case, dtype: torch.dtype, device: torch.device, seed: 
 MODES = {
     "topk": {"mask_mode": "topk"},
     "thresholdbound": {"mask_mode": "thresholdbound"},
-    "proportional": {"density": 0.15, "exponent": 1.0},
+    "proportional": {"mask_mode": "proportional", "density": 0.15},
     "dropping": {"density": 0.07, "exponent": 2.0, "keep_all": False},
-    "shared": {"density": 0.2, "exponent": 1.0, "share_heads": True},
+    "shared": {"mask_mode": "proportional", "density": 0.2, "share_heads": True},
 }
 
 
@@ -140,13 +141,21 @@ def same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple
 
 
 def check_whole(length: int, causal: bool, device: torch.device, seed: int) -> tuple[bool, str]:
-    """Five launches against the reference on the levels that they chose."""
+    """Five launches against the reference on the levels that they chose, and these against levels made step by step."""
     # The interpreter's products of bfloat16 are wrong.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v, _ = make(case(heads=4, length_q=length, length_k=length), seed, dtype, device)
-    config = PSAConfig(density=0.2, exponent=1.0)
+    config = PSAConfig(mask_mode="proportional", density=0.2)
     with poisoned():
         out, lse, selection = whole.forward(q, k, v, config, scale=128**-0.5, is_causal=causal)
     want, want_lse = reference.forward(q, k, v, selection)
     errors = distance(out, want), distance(lse, want_lse)
-    return max(errors) <= TOLERANCE[q.dtype], f"out {errors[0]:.1e} lse {errors[1]:.1e}"
+    scores = importance(q, k, config, scale=128**-0.5, is_causal=causal)
+    mask = block_mask(length, length, config.block_m, config.block_n, is_causal=causal, device=device)
+    levels = allocate_by(config, scores, None, mask)
+    differing = float((selection.levels != levels).float().mean())
+    plans = (Plan(x, config.block_m, config.block_n, length, length, causal) for x in (selection.levels, levels))
+    kept, expected = (plan.density for plan in plans)
+    ok = max(errors) <= TOLERANCE[q.dtype] and differing <= 0.05 and abs(kept - expected) <= 0.02 * expected
+    said = f"out {errors[0]:.1e} lse {errors[1]:.1e}, levels that differ {differing:.1e}, density {kept:.3f}"
+    return ok, said

@@ -10,9 +10,9 @@ from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
-from gpu_check import spread
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from workers import device_works, spread
 
 from psa.backends.base import Selection
 from psa.backends.triton import gradients, whole
@@ -101,7 +101,7 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
 
 def settings(case: Case) -> PSAConfig:
     if case.mode == "proportional":
-        return PSAConfig(block_n=case.block_n, density=case.density, exponent=1.0)
+        return PSAConfig(block_n=case.block_n, mask_mode="proportional", density=case.density)
     return PSAConfig(block_n=case.block_n, mask_mode=case.mode)
 
 
@@ -197,7 +197,12 @@ class Bench:
 
     def _dense_backward(self, name: str, kind: SDPBackend) -> float:
         leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
-        out = self._sdpa(kind, *leaves)
+        try:
+            out = self._sdpa(kind, *leaves)
+        except Exception as error:
+            facts = {"kind": "time", "case": self.case.name, "what": f"dense {name} backward"}
+            self.recorder.add(**facts, error=f"{type(error).__name__}: {error}"[:300])
+            return float("inf")
         grad = torch.randn_like(out)
         call = partial(torch.autograd.grad, out, leaves, grad, retain_graph=True)
         return self.row(f"dense {name} backward", call, 1.0, factor=2.5)
@@ -297,8 +302,6 @@ def warm(case: Case, device: torch.device) -> bool:
     """Compiles what a case needs: Triton and Inductor keep it on disk, where the process that times finds it."""
     with suppress(Exception):
         Bench(case, device, None).ours()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return True
 
 
@@ -321,5 +324,7 @@ def run(recorder, device: torch.device, mode: str, part: int | None, only: str, 
             recorder.add(kind="complete", case=case.name, seconds=round(time.monotonic() - start, 1))
         except Exception as error:
             recorder.add(kind="time", case=case.name, what="all", error=f"{type(error).__name__}: {error}"[:300])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not device_works():
+            recorder.add(kind="time", case=case.name, what="all", error="the device faulted: the rest is not timed")
+            recorder.failed += 1
+            return

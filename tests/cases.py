@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from psa.backends.base import Selection
 
@@ -58,3 +59,22 @@ def make(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32, device: 
         key_mask=key_mask,
     )
     return q, k, v, selection
+
+
+def same_layout(operator, *arguments):
+    """Whether a fake kernel tells the strides that Inductor will find: a difference stops a compiled graph."""
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+    facts = [[(x.shape, x.stride(), x.dtype) for x in results] for results in (real, fake)]
+    assert facts[0] == facts[1]
+    return real
+
+
+def check_layouts(backend: str) -> None:
+    """Attention and its gradients on tokens as models have them, [B, L, H, D] transposed, and on expanded gradients."""
+    q, k, v, s = make(Case(strided=True, variance=True, length_q=70, length_k=90))
+    rest = (s.levels, s.query_power, s.bias_cap, None, None, 64, 32, s.scale, False, backend)
+    out, lse = same_layout(torch.ops.psa.attend, q, k, v, *rest)
+    upstream = torch.ones(1, 1, 1, 1).expand(out.shape)
+    same_layout(torch.ops.psa.attend_backward, upstream, lse, q, k, v, out, lse, *rest)

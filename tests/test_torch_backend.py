@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, make
+from cases import Case, check_layouts, make
 
 import psa
 from psa.backends import reference
@@ -97,6 +97,10 @@ def test_half_precision(engine, dtype, atol):
     ours = gradients(q, k, v, selection, grad_out, grad_lse.float())
     assert {x.dtype for x in (ours[0], *ours[2:])} == {dtype} and ours[1].dtype == torch.float32
     check(ours, expected(q, k, v, selection, grad_out, grad_lse), atol)
+
+
+def test_compiled_graphs_know_the_layout_of_results(engine):
+    check_layouts("torch")
 
 
 def test_double_precision_takes_the_portable_engine():

@@ -192,7 +192,7 @@ def ranked(shares: Tensor, visible: Tensor | None, mode: str, ratios: Ratios) ->
     count = shares.shape[-1]
     weight = shares if visible is None else shares.masked_fill(~visible, -1.0)
     sorted_weight, order = weight.sort(dim=-1, descending=True, stable=True)
-    seen = torch.tensor(count, device=shares.device) if visible is None else visible.sum(-1, keepdim=True)
+    seen = torch.full((), count, device=shares.device) if visible is None else visible.sum(-1, keepdim=True)
     positions = torch.arange(count, device=shares.device)
     cumulative = sorted_weight.clamp(min=0).cumsum(-1) if mode == "thresholdbound" else None
     by_rank = torch.full_like(order, DROPPED, dtype=torch.int32)

@@ -6,6 +6,7 @@ maximum of) the result over each block pair. Memory stays linear: query rows are
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -112,8 +113,8 @@ def sampled_rows(
     q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
 ) -> ScoreRows:
     """A quarter of each block's tokens; which, is drawn once per seed and is the same for every block."""
-    index_q = _sample(q.shape[2], config.block_m, config.seed).to(q.device)
-    index_k = _sample(k.shape[2], config.block_n, config.seed + 1).to(k.device)
+    index_q = _sample(q.shape[2], config.block_m, config.seed, q.device)
+    index_k = _sample(k.shape[2], config.block_n, config.seed + 1, k.device)
     bias = torch.zeros(1, index_k.numel(), device=k.device)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, index_k], -torch.inf)
@@ -261,8 +262,10 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % multiple))
 
 
-def _sample(length: int, block: int, seed: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _sample(length: int, block: int, seed: int, device: torch.device) -> Tensor:
+    """Sampled tokens of every block, kept on the device: a call copies nothing from the host."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randperm(block, generator=generator)[: block // 4].sort().values
     starts = torch.arange(0, length, block)
-    return (starts[:, None] + offsets[None, :]).clamp(max=length - 1).flatten()
+    return (starts[:, None] + offsets[None, :]).clamp(max=length - 1).flatten().to(device)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, make
+from cases import Case, check_layouts, make
 
 import psa
 from psa.allocate import similarity_cap
@@ -237,3 +237,34 @@ assert "psa.backends.triton.attend" not in sys.modules
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ("not installed" in ran.stdout) == hidden
     assert "the tensors are on cpu" in ran.stdout
+
+
+def test_compiled_graphs_know_the_layout_of_results():
+    check_layouts("triton")
+
+
+def test_launches_follow_the_tensors_to_their_device(monkeypatch):
+    """Triton launches on the current device, which need not be the tensors'."""
+    q, k, v, selection = make(Case(length_q=64, length_k=64))
+    config = psa.PSAConfig(block_m=64, block_n=32, mask_mode="topk")
+    entered = []
+
+    class Recorded(torch.cuda.device_of):
+        def __init__(self, tensor):
+            entered.append(tensor)
+            super().__init__(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Recorded)
+    out, lse = backend.forward(q, k, v, selection)
+    backend.backward(out, None, q, k, v, out, lse, selection)
+    scores = backend.plan_importance(q, k, config, scale=0.2)
+    backend.plan_levels(q, k, config, scores)
+    backend.plan_and_attend(q, k, v, config, scale=0.2)
+    assert [tensor is given for tensor, given in zip(entered, (q, out, q, q, q), strict=True)] == [True] * 5
+
+
+def test_more_heads_than_a_grid_holds_are_refused():
+    q, k, v, selection = make(Case(heads=1, kv_heads=1, length_q=16, length_k=16, head_dim=16, block_m=16, block_n=16))
+    many = [x.expand(70_000, 1, 16, 16) for x in (q, k, v)]
+    assert any("70000 heads" in reason for reason in backend.unsupported_reasons(*many, selection))
+    assert any("70000 heads" in reason for reason in backend.planning_reasons(*many[:2], psa.PSAConfig()))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import same_layout
 from launches import watched
 from triton.runtime.interpreter import GridExecutor
 
@@ -102,7 +103,10 @@ def test_one_operator_in_a_compiled_graph(on_gpu, monkeypatch):
 def test_the_operator_passes_opcheck(on_gpu):
     q, k, v = (x.requires_grad_() for x in tensors(64, 64, dim=16))
     key = psa.PSAConfig(block_m=64, block_n=32, density=0.3, bias="variance").key
-    torch.library.opcheck(torch.ops.psa.plan_and_attend, (q, k, v, None, key, 0.2, False, 0, "last", "triton"))
+    settings = (None, key, 0.2, False, 0, "last", "triton")
+    torch.library.opcheck(torch.ops.psa.plan_and_attend, (q, k, v, *settings))
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    same_layout(torch.ops.psa.plan_and_attend, *strided, *settings)
 
 
 def test_what_the_kernels_do_not_cover_goes_another_way(on_gpu, monkeypatch):

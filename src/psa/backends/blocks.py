@@ -194,7 +194,7 @@ def backward(
         delta = delta - grad_lse
     empty = lse.isneginf()
     delta, lse = delta.masked_fill(empty, 0.0)[..., None], lse.masked_fill(empty, torch.inf)[..., None]
-    dq = torch.empty_like(problem.q)
+    dq = problem.q.new_empty(q.shape)
     dk_rows, dv_rows, dim = torch.zeros_like(problem.keys), torch.zeros_like(problem.values), q.shape[-1]
 
     def add_block(scratch: Scratch, b: int, h: int, rows: BlockRows) -> None:

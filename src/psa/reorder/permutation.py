@@ -94,7 +94,11 @@ class Permutation:
         """The same permutation with its tensors on ``device``; itself where they already are."""
         q_order = self.q_order.to(device)
         k_order = q_order if self.k_order is self.q_order else self.k_order.to(device)
-        return self if q_order is self.q_order and k_order is self.k_order else Permutation(q_order, k_order)
+        if q_order is self.q_order and k_order is self.k_order:
+            return self
+        moved = Permutation(q_order, k_order)
+        moved._inverses.update((name, inverse.to(device)) for name, inverse in self._inverses.items())
+        return moved
 
     def to_dict(self) -> dict[str, Tensor]:
         """Its tensors by name; ``k_order`` only where it differs from ``q_order``."""

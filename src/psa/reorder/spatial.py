@@ -92,8 +92,10 @@ def cached_permutation(method, grid, text_length, text_position, tile_size, devi
     else:
         raise ConfigError(f"a spatial order is 'gilbert' or 'tile'; got {method!r}.")
     with torch.inference_mode(False):  # the cache outlives this call; its tensors may serve a backward pass later
-        order = with_text(order.clone(), text_length, text_position).to(device)
-    return Permutation(order, order)
+        order = with_text(order.clone(), text_length, text_position)
+        permutation = Permutation(order, order)
+        _ = permutation.q_inverse  # copied with the order: what every stream and graph may share is finished by then
+        return permutation.to(device)
 
 
 def _walk_with_memory():

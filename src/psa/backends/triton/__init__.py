@@ -9,7 +9,8 @@ forward, backward → attention over the listed rows, and its gradients
 
 import os
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from importlib import metadata, util
 from typing import Any
 
@@ -19,11 +20,24 @@ from torch import Tensor
 from ...config import MAX_LEVEL, PSAConfig
 from ..base import Selection
 
+LARGEST_GRID = 65535
+"""Batch items times heads: what CUDA launches along the second axis."""
 LARGEST_ROW = 32768
 LARGEST_SORTED = 2048
 """KV blocks of a row; of one that is sorted, for ``rank_exponent``."""
 OLDEST = (3, 4)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with the GPU of its first tensor as the current one: Triton launches there, whatever it is given."""
+
+    @wraps(run)
+    def guarded(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return run(tensor, *args, **options)
+
+    return guarded
 
 
 def interpreted() -> bool:
@@ -70,7 +84,12 @@ def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -
         reasons.append(f"scale {selection.scale} is not positive")
     if 2 * (k.shape[-2] + selection.block_n) * k.shape[-1] >= 2**31:
         reasons.append(f"{k.shape[-2]} tokens of {k.shape[-1]} channels pass 2**30 elements in one head")
-    return reasons
+    return reasons + _grid_reasons(q)
+
+
+def _grid_reasons(q: Tensor) -> list[str]:
+    lines = q.shape[0] * q.shape[1]
+    return [f"{lines} heads in all batch items are above {LARGEST_GRID}"] if lines > LARGEST_GRID else []
 
 
 def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
@@ -91,9 +110,10 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
         reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
     if q.shape[-1] > 256:
         reasons.append(f"head dimension {q.shape[-1]} is above 256")
-    return reasons
+    return reasons + _grid_reasons(q)
 
 
+@on_its_device
 def plan_importance(
     q: Tensor,
     k: Tensor,
@@ -117,6 +137,7 @@ def plan_importance(
     return importance(q, pooled_k, k.shape[2], rules, scale=scale, key_mask=key_mask, **pooled)
 
 
+@on_its_device
 def plan_levels(
     q: Tensor,
     k: Tensor,
@@ -145,6 +166,7 @@ def plan_levels(
     return allocate(source, config, rules, (q.shape[2], k.shape[2]), caps=caps, settings=settings)[0]
 
 
+@on_its_device
 def plan_and_attend(
     q: Tensor, k: Tensor, v: Tensor, config: PSAConfig, **options: Any
 ) -> tuple[Tensor, Tensor, Selection]:
@@ -154,6 +176,7 @@ def plan_and_attend(
     return run(q, k, v, config, **options)
 
 
+@on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """out [B, H, Lq, D] in the dtype of q, lse float32 [B, H, Lq] (natural log)."""
     from .attend import forward as run
@@ -161,6 +184,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tens
     return run(q, k, v, selection)
 
 
+@on_its_device
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -103,7 +103,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     """The last of the three launches: attention over a pyramid and lists that are already there."""
     q = call.q
     batch, heads, length_q, _ = q.shape
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
 
     def run(launch: Launch) -> None:

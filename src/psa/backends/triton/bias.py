@@ -87,7 +87,7 @@ def row_bias(
             tl.store(cap_out_ptr + line, limit)
     else:
         limit = tl.load(cap_ptr + batch * cap_strides[0] + head * cap_strides[1])
-    real = tl.load(counts_ptr + chunk * TOKENS + tl.arange(0, TOKENS)) == 0.0
+    real = tl.load(counts_ptr + chunk * TOKENS + tl.arange(0, TOKENS)) > -0.5
     rows_ptr += (batch * (heads // GROUPS) + head // GROUPS) * rows * D + chunk.to(tl.int64) * TOKENS * D
     spreads = _spreads(rows_ptr, real, power_ptr, parts, share, D, D_PAD, COLS, TOKENS, LEVELS, PARTS)
     for e in tl.static_range(LEVELS):

@@ -158,7 +158,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) 
 
 def _grad_queries(call: Call, grad_out: Tensor, log2_lse: Tensor, delta: Tensor) -> Tensor:
     q = call.q
-    grad_q = torch.empty_like(q)
+    grad_q = q.new_empty(q.shape)
 
     def run(launch: Launch) -> None:
         _psa_bwd_dq_kernel[(triton.cdiv(q.shape[2], launch.BLOCK_M), q.shape[0] * q.shape[1])](
@@ -174,7 +174,7 @@ def _grad_rows(
     call: Call, k: Tensor, v: Tensor, grad_out: Tensor, log2_lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     q, pyramid, levels = call.q, call.pyramid, call.selection.levels.contiguous()
-    grad_k, grad_v, constants = torch.empty_like(k), torch.empty_like(v), call.constants()
+    grad_k, grad_v, constants = k.new_empty(k.shape), v.new_empty(v.shape), call.constants()
     block_n, count = call.selection.block_n, constants["LEVELS"]
     heads, length_q, length_k, blocks, rows, scale_log2 = call.sizes()
     batch_heads = k.shape[0] * k.shape[1]

@@ -34,7 +34,7 @@ def _store_tokens(
         offsets = (row - blocks * block_n)[:, None] * D + tl.arange(0, D_PAD)[None, :]
         pooled = tl.load(pooled_ptr + offsets, mask=exists, other=0.0)
         grad += pooled * tl.where(share == float("inf"), 0.0, share)[:, None]
-    real = tl.load(counts_ptr + token, mask=there, other=-float("inf")) == 0.0
+    real = tl.load(counts_ptr + token, mask=there, other=-float("inf")) > -0.5
     grad = tl.where(real[:, None], grad, 0.0)
     tl.store(query_tile(base, first, strides, BLOCK_N, D_PAD), grad.to(base.dtype.element_ty), mask=exists)
 
