@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import psa
+from psa import memory, slope
 from psa.errors import BackendError, ConfigError, PSAError, ShapeError
 
 MODES = {
@@ -337,3 +338,43 @@ def test_plan_reports_density_by_its_definition():
 def test_importing_psa_loads_no_optional_package():
     code = "import sys, psa; sys.exit(any(m in sys.modules for m in ('triton', 'diffusers', 'transformers', 'typer')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gpus_scratch_changes_no_result(monkeypatch):
+    """On a GPU more is worked on at a time, and squares are averaged by a reduction that makes no copy."""
+    q, k, v = tensors(2, 4, 2, 300, 300)
+    call = {"enable_gqa": True, "return_plan": True}
+    configs = [psa.PSAConfig(density=0.3), FIXED.replace(importance="antidiagonal"), FIXED.replace(bias="measured")]
+    want = [psa.psa_attention(q, k, v, config=config, **call) for config in configs]
+    for elements in (1, 1 << 14):
+        for module in ("slope", "probe", "importance", "reorder.keys"):
+            monkeypatch.setattr(f"psa.{module}.at_once", lambda like, on_cpu: elements)  # noqa: B023
+        for config, (out, plan) in zip(configs, want, strict=True):
+            again, its_plan = psa.psa_attention(q, k, v, config=config, **call)
+            torch.testing.assert_close(again, out)
+            assert torch.equal(its_plan.levels, plan.levels)
+    meta = memory.mean_square(q.to("meta"))
+    assert meta.dtype == torch.float32 and meta.shape == memory.mean_square(q).shape
+
+
+def test_autocast_reaches_no_stage():
+    """Inputs are cast once; sorting keys, importance and the slope correction keep their precision."""
+    q, k, v = tensors(1, 2, 2)
+    half = [x.bfloat16() for x in (q, k, v)]
+    want, plan = psa.psa_attention(*half, density=0.3, return_plan=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, its_plan = psa.psa_attention(q, k, v, density=0.3, return_plan=True)
+    assert torch.equal(its_plan.levels, plan.levels)
+    assert torch.equal(its_plan.permutation.k_order, plan.permutation.k_order)
+    assert torch.equal(out, want)
+
+
+def test_slope_moments_survive_large_means():
+    """In half precision, too, as on a GPU: means are taken off before rounding, where their error would decide."""
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 1, 256, 32, generator=g) + 30 * torch.randn(32, generator=g) for _ in range(2))
+    for mask in (None, torch.arange(256)[None] < 200):
+        exact, _ = slope.slope_basis(k.double(), v.double(), 64, mask, torch.float64)
+        half, _ = slope.slope_basis(k, v, 64, mask, torch.bfloat16)
+        for a, b in zip(half, exact, strict=True):
+            assert (a.double() - b).norm() < 0.02 * b.norm()

@@ -35,6 +35,18 @@ def test_heads_planned_one_by_one_get_what_they_get_together(name, monkeypatch):
         assert apart.pair_bias.shape == together.pair_bias.shape
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 5])
+def test_a_gpu_plans_groups_of_heads(together):
+    """As many heads as fit, in whole groups of those that share keys; the last group may be smaller."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 300, 32, generator=g) for heads in (6, 3, 3))
+    settings = (psa.PSAConfig(density=0.3).key, 0.2, False, 0, "last")
+    want = torch.ops.psa.select(q, k, v, None, None, None, *settings)
+    got = psa.ops._select_by_head(q, k, v, None, None, None, together, *settings)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_given_importance_head_by_head(monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, scores = torch.randn(1, 3, 512, 32, generator=g), torch.rand(1, 1, 4, 8, generator=g)

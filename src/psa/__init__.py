@@ -6,8 +6,9 @@ from .allocate import allocate_levels, similarity_cap
 from .backends import backends
 from .config import PSAConfig
 from .errors import BackendError, ConfigError, PSAError, ShapeError
-from .functional import attend, merge, psa_attention
+from .functional import attend, psa_attention
 from .functional import make_plan as plan
+from .merging import merge
 from .module import PSAAttention
 from .plan import Plan
 from .reorder import gilbert_order

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autocast import cast
 from .backends import reference
 from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError
 from .order import token_order
 from .plan import Plan
 from .reorder import Permutation, SemanticState
@@ -118,8 +119,27 @@ def make_plan(
     settings = resolve_config(config, density, target_error)
     where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
     tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
-    q, k, v, mask, order, next_state = _in_order(q, k, v, settings, **where, **tokens)
-    scale = check_scale(scale, q.shape[-1])
+    ordered = _in_order(q, k, v, settings, **where, **tokens)
+    where |= {"scale": check_scale(scale, q.shape[-1]), "key_mask": key_mask}
+    return _plan(ordered, settings, importance, probes, layer, step, **where)
+
+
+def _plan(
+    ordered: "_Ordered",
+    settings: PSAConfig,
+    importance: Tensor | None,
+    probes: ProbeState | None,
+    layer: object,
+    step: int | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    text_length: int,
+    text_position: str,
+    key_mask: Tensor | None,
+) -> Plan:
+    """The plan of tokens in its order; ``key_mask`` in the caller's."""
+    q, k, v, mask, order, next_state = ordered
     blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
     if importance is not None:
         check_importance(importance, q, blocks)
@@ -182,13 +202,20 @@ def attend(
     Returns:
         out [B, H, Lq, D], or (out, lse [B, H, Lq]).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     scale = check_scale(scale, q.shape[-1])
     check_plan(plan, q, k, is_causal)
     order = plan.permutation
     if order is not None:
         q, k, v = order.apply_q(q), order.apply_k(k), order.apply_k(v)
+    return _restored(*_read(q, k, v, plan, scale, is_causal, backend), order, return_lse)
+
+
+def _read(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, is_causal: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """out and lse of tokens in the plan's order."""
     if q.numel() == 0 or k.shape[2] == 0:
         out, lse = q * 0.0, (q.sum(-1) * 0.0).float() - torch.inf
     else:
@@ -215,6 +242,11 @@ def attend(
             mask = selection.key_mask
             terms = (q, k, v, plan.levels, plan.slope, plan.block_m, plan.block_n, scale, mask)
             out = out + slope_correction(*terms)
+    return out, lse
+
+
+def _restored(out: Tensor, lse: Tensor, order: Permutation | None, return_lse: bool) -> Any:
+    """What a call returns, in the caller's order."""
     if order is not None:
         out = order.restore_q(out)
         lse = order.restore_q(lse) if return_lse else lse
@@ -237,19 +269,22 @@ def plan_then_attend(
     key_mask: Tensor | None = None,
     return_lse: bool = False,
     state: SemanticState | None = None,
-    **probing: Any,
+    probes: ProbeState | None = None,
+    layer: object = 0,
+    step: int | None = None,
 ) -> tuple[Any, Plan]:
     """:func:`make_plan` and :func:`attend`, as one operator where that is faster (see :mod:`psa.whole`): what
-    :func:`attend` returns, and the plan. ``probing`` is for :func:`make_plan`: probes, layer and step."""
-    call = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    :func:`attend` returns, and the plan. Tokens are put in order once."""
     where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
-    if not at_once(q, k, config, backend):
-        where |= {"grid": grid, "key_mask": key_mask, "state": state}
-        plan = make_plan(q, k, config, v=v, **call | where, **probing)
-        return attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend), plan
     tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
-    q, k, v, mask, order, next_state = _in_order(q, k, v, config, **where, **tokens)
+    together = at_once(q, k, config, backend)
+    ordered = _in_order(q, k, v, config, **where, **tokens)
+    q, k, v, mask, order, next_state = ordered
     scale = check_scale(scale, q.shape[-1])
+    if not together:
+        with torch.no_grad():
+            plan = _plan(ordered, config, None, probes, layer, step, scale=scale, key_mask=key_mask, **where)
+        return _restored(*_read(q, k, v, plan, scale, is_causal, backend), order, return_lse), plan
     out, lse, levels, power, cap = plan_and_attend(
         q, k, v, mask, config.key, scale, is_causal, text_length, text_position, backend
     )
@@ -268,31 +303,7 @@ def plan_then_attend(
         text=(text_length, text_position),
         reorder_state=next_state,
     )
-    if order is not None:
-        out = order.restore_q(out)
-        lse = order.restore_q(lse) if return_lse else lse
-    return (out, lse) if return_lse else out, plan
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges attention over two disjoint sets of keys exactly: ``out = Σ exp(lse_i - lse) out_i``.
-
-    Differentiable. Rows where both parts are empty (lse -inf) stay 0 and -inf.
-
-    Args:
-        out_a, out_b: [B, H, L, D]. lse_a, lse_b: [B, H, L], natural log.
-    """
-    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
-        shapes = [list(t.shape) for t in (out_a, lse_a, out_b, lse_b)]
-        raise ShapeError(f"merge: expected out [B, H, L, D] and lse [B, H, L] twice, got {shapes}")
-    top = torch.maximum(lse_a, lse_b).detach()
-    top = top.masked_fill(top.isneginf(), 0.0)
-    weight_a, weight_b = (lse_a - top).exp(), (lse_b - top).exp()
-    total = weight_a + weight_b
-    empty = total == 0
-    safe = total.masked_fill(empty, 1.0)
-    out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
-    return out.to(out_a.dtype), (safe.log() + top).masked_fill(empty, -torch.inf)
+    return _restored(out, lse, order, return_lse), plan
 
 
 def resolve_config(config: PSAConfig | None, density: float | None, target_error: float | None = None) -> PSAConfig:
@@ -313,14 +324,15 @@ def resolve_config(config: PSAConfig | None, density: float | None, target_error
 
 
 _DEFAULT = PSAConfig()
+_Ordered = tuple[Tensor, Tensor, Any, Tensor | None, Permutation | None, SemanticState | None]
 
 
 def _in_order(
     q: Tensor, k: Tensor, v: Any, config: PSAConfig, *, key_mask: Tensor | None, enable_gqa: bool, **where: Any
-) -> tuple[Tensor, Tensor, Any, Tensor | None, Permutation | None, SemanticState | None]:
+) -> _Ordered:
     """Checked q, k, v (or None) and key mask in the plan's token order, that order, and the next call's state.
     ``where`` holds the other arguments of :func:`token_order`."""
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     check_text(q, k, where["grid"], where["text_length"], where["text_position"], where["is_causal"])
     check_key_mask(key_mask, k)
@@ -330,12 +342,3 @@ def _in_order(
     v = None if v is None else order.apply_k(v)
     mask = None if key_mask is None else order.apply_k_mask(key_mask)
     return order.apply_q(q), order.apply_k(k), v, mask, order, next_state
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to the inputs of ``scaled_dot_product_attention``."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .config import PSAConfig
+from .memory import at_once
 from .pyramid import group_counts, group_means, group_sums
 
 CHUNK = 1 << 20
-"""Logits held at a time (4 MB in float32)."""
+"""Logits held at a time on a CPU (4 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,15 @@ def block_scores(
     position = rows.key_position
     if position is not None:
         position = torch.nn.functional.pad(position, (0, missing)).unflatten(-1, (blocks_k, -1)).mT.contiguous()
-    at_once = 1 if keys.device.type == "cpu" else kv_heads  # a product of one pair of matrices is faster on the CPU
-    groups = heads // kv_heads * at_once
-    step = max(1, CHUNK // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q) * rows.per_block_q
-    for b, first, start in itertools.product(range(batch), range(0, kv_heads, at_once), range(0, count, step)):
+    together = 1 if keys.device.type == "cpu" else kv_heads  # a product of one pair of matrices is faster on the CPU
+    groups = heads // kv_heads * together
+    step = max(1, at_once(keys, CHUNK) // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q) * rows.per_block_q
+    for b, first, start in itertools.product(range(batch), range(0, kv_heads, together), range(0, count, step)):
         of = slice(first * (heads // kv_heads), first * (heads // kv_heads) + groups)
         if wanted is not None and wanted.device.type == "cpu" and not bool(wanted[b, of].any()):
             continue
         width = _visible_blocks(rows, min(start + step, count), blocks_k)
-        part = keys[b, first : first + at_once, ..., :width].flatten(2)
+        part = keys[b, first : first + together, ..., :width].flatten(2)
         logits = _grouped_product(rows.queries[b, of, start : start + step], part).float().unflatten(-1, (-1, width))
         logits += bias[b if bias.shape[0] > 1 else 0, :, :width]
         if rows.query_position is not None and position is not None:
@@ -193,7 +194,7 @@ def measured_mass(
     mass = torch.zeros(batch, heads, blocks_q, blocks_k, device=q.device)
     ratio = torch.zeros(batch, heads, blocks_q, blocks_k, len(exponents), dtype=torch.float16, device=q.device)
     per_block = block_m // rows
-    step = max(1, CHUNK // max(1, heads * keys.shape[-1]) // per_block) * per_block
+    step = max(1, at_once(keys, CHUNK) // max(1, heads * keys.shape[-1]) // per_block) * per_block
     for b in range(batch):
         weight = real[b if real.shape[0] > 1 else 0]
         for start in range(0, count, step):
@@ -265,7 +266,7 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _sample(length: int, block: int, seed: int, device: torch.device) -> Tensor:
     """Sampled tokens of every block, kept on the device: a call copies nothing from the host."""
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randperm(block, generator=generator)[: block // 4].sort().values
-    starts = torch.arange(0, length, block)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    offsets = torch.randperm(block, generator=generator, device="cpu")[: block // 4].sort().values
+    starts = torch.arange(0, length, block, device="cpu")
     return (starts[:, None] + offsets[None, :]).clamp(max=length - 1).flatten().to(device)

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from .allocate import allocate_by, block_mask, similarity_cap
 from .auto import Layer, select_auto, slope_shares
+from .autocast import unaffected
 from .backends import choose, planner
 from .backends.base import Selection
 from .candidates import Choice
 from .config import PSAConfig
 from .importance import importance, measured_mass
+from .memory import at_once, mean_square
 from .schedule import level_index
 
 SELECT_AT_ONCE = 1 << 25
-"""Query elements above which heads are planned one by one, so that a long sequence's scratch is that of one head."""
+"""Query elements above which a CPU plans heads one by one, so that a long sequence's scratch is that of one head. A GPU
+plans twice as many as it holds elements of scratch (:mod:`psa.memory`) together: one head would leave it idle."""
 
 
 def _blocks(length: int, block: int) -> int:
@@ -28,6 +31,7 @@ def _blocks(length: int, block: int) -> int:
 
 
 @torch.library.custom_op("psa::select", mutates_args=())
+@unaffected
 def select(
     q: Tensor,
     k: Tensor,
@@ -53,9 +57,11 @@ def select(
     device = None if 0 in (*q.shape, *k.shape) else planner(q, k, config)
     pooled = config.importance == "pooled" and config.bias != "measured"
     split = device is None or not pooled or config.mask_mode == "auto"
-    if split and q.numel() > SELECT_AT_ONCE and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
+    limit = at_once(q, SELECT_AT_ONCE // 2) * 2
+    if split and q.numel() > limit and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
         settings = (config_key, scale, is_causal, text_length, text_position)
-        return _select_by_head(q, k, v, given, key_mask, choice, *settings)
+        together = 1 if q.device.type == "cpu" else max(1, limit // (q.shape[2] * q.shape[3]))
+        return _select_by_head(q, k, v, given, key_mask, choice, together, *settings)
     mask = block_mask(
         q.shape[2],
         k.shape[2],
@@ -93,7 +99,7 @@ def select(
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
         shares = shares if config.slope else none_half.clone()
-        return levels, q.float().square().mean(2), caps.contiguous(), none_half, shares, facts
+        return levels, mean_square(q), caps.contiguous(), none_half, shares, facts
     levels = (
         device.plan_levels(q, k, config, scored, caps=cap, **where)
         if device is not None
@@ -101,7 +107,7 @@ def select(
     )
     power, caps = none, none.clone()
     if config.bias == "variance":
-        power = q.float().square().mean(2)
+        power = mean_square(q)
         caps = power.new_full(shape[:2], float(config.bias_cap or 0.0))
     pairs = none_half
     if ratio is not None:
@@ -141,15 +147,18 @@ def _select_by_head(
     given: Tensor | None,
     key_mask: Tensor | None,
     choice: Tensor | None,
+    together: int,
     *settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`select` for at most so many heads at a time as are to go ``together``, whole groups of them if more."""
     group = q.shape[1] // k.shape[1]
+    step = 1 if together < group else together // group * group
     joined: list[Tensor] = []
     for b in range(q.shape[0]):
         item = slice(b, b + 1)
         mask = None if key_mask is None else key_mask[item]
-        for h in range(q.shape[1]):
-            head, kv = slice(h, h + 1), slice(h // group, h // group + 1)
+        for h in range(0, q.shape[1], step):
+            head, kv = slice(h, h + step), slice(h // group, -(-(h + step) // group))
             values = None if v is None else v[item, kv]
             scores = None if given is None else given.expand(q.shape[0], q.shape[1], -1, -1)[item, head]
             chosen = None if choice is None else choice.expand(q.shape[0], q.shape[1], -1)[item, head]
@@ -158,7 +167,7 @@ def _select_by_head(
                 joined = [x.new_empty((*q.shape[:2], *x.shape[2:])) if x.numel() else x for x in parts]
             for whole, part in zip(joined, parts, strict=True):
                 if part.numel():
-                    whole[b, h] = part[0, 0]
+                    whole[b, head] = part[0]
     levels, power, caps, pairs, slope, facts = joined
     return levels, power, caps, pairs, slope, facts
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .memory import at_once, mean_square
 from .schedule import level_index
-from .slope import FINE, centred_keys, slope_mix
+from .slope import FINE, centred, slope_mix
 
 CHUNK = 1 << 26
-"""Elements held at a time (256 MB in float32)."""
+"""Elements held at a time on a CPU (256 MB in float32)."""
 GOLDEN = 0.6180339887498949
 ROWS_PER_BLOCK = 3
 """Sampled rows of a query block: a further row costs a third of a further block and tells as much."""
@@ -93,8 +94,8 @@ def row_errors(
     count, blocks = scored.levels.shape[3:]
     errors = torch.zeros(batch, heads, strata, count, len(scored.caps), 2, device=q.device)
     norms = torch.zeros(batch, heads, strata, device=q.device)
-    step = max(1, CHUNK // (each * (k.shape[2] * 8 + blocks * (dim + 1) * 2) + blocks * count * 8))
-    power = q.float().square().mean(2)
+    step = max(1, at_once(q, CHUNK) // (each * (k.shape[2] * 8 + blocks * (dim + 1) * 2) + blocks * count * 8))
+    power = mean_square(q)
     for b in range(batch):
         mask = None if key_mask is None else key_mask[b : b + 1]
         for h in range(heads):
@@ -133,7 +134,7 @@ class _Pyramid:
             keys, values = (x.masked_fill(~real[:, None, :, None], 0.0) for x in (keys, values))
         self.real, self.tokens, self.k, self.blocks = real, k.shape[2], keys[0, 0], keys.shape[2] // block_n
         self.top = torch.stack(torch.aminmax(values)).abs().amax().clamp(min=1e-36)
-        self.centred = centred_keys(keys, block_n, real)
+        self.centred = centred(keys, block_n, real)
         self.mix = slope_mix(self.centred, real, block_n)[0, 0]
         self.counts = [keys.new_ones(keys.shape[2]) if real is None else real[0].float()]
         self.values = [values[0, 0]]

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from .autocast import unaffected
+from .memory import at_once
 from .pyramid import group_sums
 from .schedule import level_index
 from .values import MAX_LEVEL
@@ -23,20 +25,22 @@ from .values import MAX_LEVEL
 FINE = 4
 """Group size of the finer of the two covariances."""
 CHUNK = 1 << 24
-"""Covariance elements held at a time (64 MB in float32)."""
+"""Covariance elements held at a time on a CPU (64 MB in float32)."""
 
 
 def slope_basis(
-    k: Tensor, v: Tensor, block_n: int, key_mask: Tensor | None = None
+    k: Tensor, v: Tensor, block_n: int, key_mask: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Two cross moments of key and value per block, and how to mix them into the covariance within groups of a level.
 
     Args:
-        k, v: [B, Hkv, Lk, D] in plan order.
+        k, v: [B, Hkv, Lk, D] in plan order, float32 or float64.
+        dtype: of the products. Both factors lose their means before they are rounded to it: what rounding does to a
+            mean would weigh as much as what is sought.
 
     Returns:
-        moments: (whole, between), each [B, Hkv, N, D, D]: Σ (k - k̄)ᵀ v over a block's real tokens, and the part of it
-            that lies between the means of groups of FINE.
+        moments: (whole, between), each [B, Hkv, N, D, D]: Σ (k - k̄)ᵀ (v - v̄) over a block's real tokens, and the part
+            of it that lies between the means of groups of FINE.
         mix: float32 [B, Hkv, N, E, 2], zero for level 1; the covariance of level 2**e is ``Σ_i mix[e, i] moments[i]``.
     """
     real = None
@@ -45,20 +49,23 @@ def slope_basis(
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = torch.nn.functional.pad(mask, (0, pad))
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
-    keys = centred_keys(k, block_n, real)
-    fine_keys, fine_values = group_sums(keys, FINE), group_sums(v, FINE)
+    keys, values = (centred(x, block_n, real) for x in (k, v))
+    fine_keys, fine_values = group_sums(keys, FINE), group_sums(values, FINE)
     if real is None:
         fine_keys = fine_keys / FINE
     else:
         fine_keys = fine_keys / real.unflatten(1, (-1, FINE)).sum(-1).clamp(min=1)[:, None, :, None]
-    moments = (_blockwise(keys, v, block_n), _blockwise(fine_keys, fine_values, block_n // FINE))
+    moments = (
+        _blockwise(keys.to(dtype), values.to(dtype), block_n),
+        _blockwise(fine_keys.to(dtype), fine_values.to(dtype), block_n // FINE),
+    )
     return moments, slope_mix(keys.detach().float(), real, block_n)
 
 
-def centred_keys(k: Tensor, block_n: int, real: Tensor | None) -> Tensor:
-    """Keys less the mean of the real ones in their coarsest group; zero where not real. k in whole blocks."""
+def centred(x: Tensor, block_n: int, real: Tensor | None) -> Tensor:
+    """Keys or values less the mean of the real ones in their coarsest group; zero where not real. x in whole blocks."""
     top = min(block_n, MAX_LEVEL)
-    groups = k.unflatten(2, (-1, top))
+    groups = x.unflatten(2, (-1, top))
     if real is None:
         return (groups - groups.sum(3, keepdim=True) / top).flatten(2, 3)
     kept = real.unflatten(1, (-1, top))[:, None, :, :, None]
@@ -70,15 +77,15 @@ def _blockwise(a: Tensor, b: Tensor, rows: int) -> Tensor:
     return a.unflatten(2, (-1, rows)).mT @ b.unflatten(2, (-1, rows))
 
 
-def slope_mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
+def slope_mix(keys: Tensor, real: Tensor | None, block_n: int) -> Tensor:
     """The ``mix`` of :func:`slope_basis`, by the share of the keys' spread that lies within a level's groups.
 
-    centred: float32 [B, Hkv, Lk, D] of :func:`centred_keys`; real: bool [B, Lk] over whole blocks, None if all are.
+    keys: float32 [B, Hkv, Lk, D] of :func:`centred`; real: bool [B, Lk] over whole blocks, None if all are.
     """
     levels = int(math.log2(min(block_n, MAX_LEVEL))) + 1
     fine = int(math.log2(FINE))
     tokens = None if real is None else real.float()[:, None]
-    sums, between = centred, []
+    sums, between = keys, []
     for e in range(levels):
         if e:
             sums = group_sums(sums, 2)
@@ -90,7 +97,7 @@ def slope_mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     coarse = ((within - at_fine) / (at_top - at_fine).clamp(min=tiny)).clamp(0, 1)
     small = (within / at_fine.clamp(min=tiny)).clamp(0, 1)
-    index = torch.arange(levels, device=centred.device)
+    index = torch.arange(levels, device=keys.device)
     fines = torch.where(index <= fine, small, 1 - coarse)
     wholes = torch.where(index <= fine, small, torch.ones_like(small))
     mix = torch.stack([wholes, -fines], dim=-1) * (index > 0)[:, None]
@@ -98,6 +105,7 @@ def slope_mix(centred: Tensor, real: Tensor | None, block_n: int) -> Tensor:
     return mix / size
 
 
+@unaffected
 def slope_correction(
     q: Tensor,
     k: Tensor,
@@ -121,16 +129,17 @@ def slope_correction(
     groups, (blocks_q, blocks_k) = q.shape[1] // kv_heads, levels.shape[2:]
     fits = q.dtype in (torch.float32, torch.float64) or (q.dtype == torch.bfloat16 and q.is_cuda)
     dtype = q.dtype if fits else torch.float32  # moments of float16 may exceed its range
+    wide = torch.promote_types(dtype, torch.float32)
     index = level_index(levels).clamp(min=0).expand(shares.shape).long()
-    step = max(1, CHUNK // (2 * blocks_k * dim * dim))
+    step = max(1, at_once(q, CHUNK) // (2 * blocks_k * dim * dim))
     missing = blocks_q * block_m - q.shape[2]
     out = []
     for b in range(batch):
         for first in range(0, kv_heads, step):
             heads = slice(first * groups, min(first + step, kv_heads) * groups)
             mask = None if key_mask is None else key_mask[b : b + 1]
-            part_k, part_v = (x[b : b + 1, first : first + step].to(dtype) for x in (k, v))
-            moments, mix = slope_basis(part_k, part_v, block_n, mask)
+            part_k, part_v = (x[b : b + 1, first : first + step].to(wide) for x in (k, v))
+            moments, mix = slope_basis(part_k, part_v, block_n, mask, dtype)
             chosen = index[b, heads]
             per_head = mix[0].repeat_interleave(groups, dim=0)[:, None].expand(-1, blocks_q, -1, -1, -1)
             weight = per_head.gather(3, chosen[..., None, None].expand(*chosen.shape, 1, 2)).squeeze(3)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psa.autocast import unaffected
+from psa.memory import at_once, mean_square
 from psa.pyramid import group_sums
 
 DIRECTIONS = 8
@@ -20,6 +22,7 @@ JUDGED = 4
 
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
+@unaffected
 def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Tensor:
     """The order of keys within blocks: int64 [B, Hkv, Lk], a permutation of each block. A block that is cut by the end
     of the sequence or holds a masked token stays as it is, so that all heads agree where the masked tokens are.
@@ -34,16 +37,25 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
     order = torch.arange(length, device=k.device).expand(batch, kv_heads, length)
     if whole == 0 or q.shape[2] == 0:
         return order.clone()
-    power = q.float().square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
-    blocks = (k[:, :, :whole].float() * power.sqrt()[:, :, None]).unflatten(2, (-1, block_n))
+    weight = mean_square(q).unflatten(1, (kv_heads, -1)).mean(2).sqrt()
+    stays = None if key_mask is None else ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
+    heads = max(1, at_once(k, k.numel()) // max(1, k[:, 0].numel()))
+    parts = [
+        _sorted(k[:, some, :whole], weight[:, some], stays, order[:, some, :whole], block_n)
+        for some in (slice(first, first + heads) for first in range(0, kv_heads, heads))
+    ]
+    return torch.cat([torch.cat(parts, dim=1), order[..., whole:]], dim=-1)
+
+
+def _sorted(k: Tensor, weight: Tensor, stays: Tensor | None, order: Tensor, block_n: int) -> Tensor:
+    """The order of some heads' keys in whole blocks. weight [B, H, D] of channels; stays bool [B, N]: as they are."""
+    blocks = (k.float() * weight[:, :, None]).unflatten(2, (-1, block_n))
     blocks = torch.nan_to_num(blocks - blocks.mean(3, keepdim=True), posinf=0.0, neginf=0.0)
-    if key_mask is not None:
-        stays = ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
+    if stays is not None:
         blocks = blocks.masked_fill(stays[:, None, :, None, None], 0.0)
     keys = blocks.flatten(2, 3)
     points = (keys @ _main_directions(blocks)).mT.contiguous()
-    local = order[..., :whole].clone()
-    size = block_n
+    local, size = order, block_n
     while size > 1:
         parts = points.unflatten(3, (-1, size))
         spread = parts.square().mean(-1) - parts.mean(-1).square()
@@ -54,8 +66,7 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
         points = parts.gather(4, rank[:, :, None].expand_as(parts)).flatten(3)
         size //= 2
     tighter = _tightness(keys.gather(2, local[..., None].expand_as(keys))) > _tightness(keys)
-    local = torch.where(tighter[..., None], local, order[..., :whole])
-    return torch.cat([local, order[..., whole:]], dim=-1)
+    return torch.where(tighter[..., None], local, order)
 
 
 @key_order.register_fake
@@ -78,13 +89,10 @@ def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
     basis = torch.cos((channel[:, None] + 0.5) * (column[None, :] * 7 + 1) * 1.7).expand(*spread.shape[:2], -1, -1)
     for _ in range(steps):
         basis = spread @ (spread @ basis)
-        columns: list[Tensor] = []
         for index in range(count):  # Gram-Schmidt: `count` is small, and this needs no solver and no host
-            vector = basis[..., index]
-            for done in columns:
-                vector = vector - (vector * done).sum(-1, keepdim=True) * done
-            columns.append(vector / vector.norm(dim=-1, keepdim=True).clamp(min=1e-30))
-        basis = torch.stack(columns, dim=-1)
+            vector, done = basis[..., index : index + 1], basis[..., :index]
+            vector = vector - done @ (done.mT @ vector)
+            basis[..., index : index + 1] = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-30)
     return basis
 
 

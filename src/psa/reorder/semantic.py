@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from psa.errors import ConfigError, ShapeError
+from psa.memory import at_once
 from psa.reorder.permutation import Permutation, check_text, with_text
 
 TOKENS_PER_CLUSTER = 32
 MAX_CLUSTERS = 256  # bounds the cost: one pass over all tokens is then 2*256/Lk of their dense QK product
 SAMPLES_PER_CLUSTER = 32  # the centroids are fitted on this many evenly spaced tokens per cluster
 COLD_ITERATIONS, WARM_ITERATIONS = 6, 2
-CHUNK_ELEMENTS = 1 << 24  # size of the largest scratch tensor, [B, H, chunk, clusters] float32
+CHUNK_ELEMENTS = 1 << 24  # size of the largest scratch tensor on a CPU, [B, H, chunk, clusters] float32
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -202,7 +203,7 @@ def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 def _chunks(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
     per_token = x.shape[0] * x.shape[1] * centroids.shape[2]
-    return x.split(max(1, CHUNK_ELEMENTS // per_token), dim=2)
+    return x.split(max(1, at_once(x, CHUNK_ELEMENTS) // per_token), dim=2)
 
 
 def _video(x: Tensor, text_length: int, text_position: str) -> Tensor:
