@@ -8,6 +8,7 @@ from tiny_models import build
 
 import psa
 from psa.errors import ConfigError, PSAError
+from psa.reorder import semantic
 
 pytestmark = pytest.mark.usefixtures("inference")
 AUTO = psa.PSAConfig(density=0.3, probe_every=2, probe_drift=1e9)
@@ -105,3 +106,18 @@ def test_the_automatic_mode_inside_a_compiled_graph():
         out = torch.compile(model, fullgraph=True, backend="aot_eager")(**call, return_dict=False)[0]
         assert torch.allclose(out, expected, atol=1e-5)
         assert handle.stats["sparse_calls"] == 4 and len(handle.stats["choices"]) == 4
+
+
+def test_semantic_orders_start_from_the_last_steps_centroids(wan, monkeypatch):
+    seeded = []
+    seed_centroids = semantic._seed_centroids
+    monkeypatch.setattr(semantic, "_seed_centroids", lambda *args: seeded.append(args) or seed_centroids(*args))
+    config = AUTO.replace(rearrange_method="semantic")
+    with psa.enable(wan, config=config):
+        first = run(wan, steps=3)
+        once = len(seeded)
+        assert torch.equal(run(wan, steps=3), first), "another run begins anew"
+    assert len(seeded) == 2 * once
+    with psa.enable(wan, config=config):
+        run(wan, steps=1)
+    assert len(seeded) == 3 * once, "further steps seed nothing"

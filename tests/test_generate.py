@@ -216,3 +216,17 @@ def test_compare(checkpoints, tmp_path):
     assert 5 < facts["psnr"] < 100 and 0 < facts["ssim"] <= 1
     side = read_video(result.path.with_suffix(".compare.mp4"))
     assert side.shape == (tiny.FRAMES, 208, 448, 3)
+
+
+def test_what_is_compared_on_a_gpu_is_warmed_up(checkpoints, tmp_path):
+    """One step of each kind, nothing kept, and the pipeline as it was."""
+    import psa.generate as room
+
+    asked = request("wan21_1.3b", checkpoints("wan21_1.3b"), density=0.3, warmup_steps=0, output_dir=str(tmp_path))
+    asked = asked.with_defaults()
+    pipe, calls = room.load(asked), []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    room._warm_up(pipe, asked, asked.config(), 0)
+    warm = len(calls)
+    room._run(pipe, asked, asked.config(), 0, lambda event: None)
+    assert warm == 2 * (len(calls) - warm) / asked.num_inference_steps

@@ -86,11 +86,15 @@ def smooth_inputs(
 
 def bench(
     lengths: Iterable[int], head_dims: Iterable[int], densities: Iterable[float], *,
-    backends: Iterable[str] = ("auto",), heads: int = 4, batch: int = 1, dtype: torch.dtype = torch.float32,
+    backends: Iterable[str] = ("auto",), heads: int = 4, batch: int = 1, dtype: torch.dtype | None = None,
     is_causal: bool = False, device: str | None = None, repeats: int = 3,
 ) -> Iterator[BenchRow]:  # fmt: skip
-    """Yields one row for each combination as soon as it is measured. Dense is ``scaled_dot_product_attention``."""
+    """Yields one row for each combination as soon as it is measured. Dense is ``scaled_dot_product_attention``.
+
+    dtype: default bfloat16 on a GPU, where dense float32 attention has no fast kernel, and float32 on a CPU.
+    """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     chosen, lengths, densities = list(backends), list(lengths), list(densities)
     for head_dim in head_dims:
         errors = {backend: verify(backend, dtype, head_dim, is_causal, place) for backend in chosen}

@@ -170,7 +170,9 @@ def bench(
     densities: Annotated[list[float], typer.Option("--density")] = [0.15],  # noqa: B006
     backends: Annotated[list[str], typer.Option("--backend")] = ["auto"],  # noqa: B006
     heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, else float32.")
+    ] = "",
     causal: Annotated[bool, typer.Option("--causal")] = False,
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
     output: Annotated[
@@ -184,11 +186,11 @@ def bench(
     from . import bench as room
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
+    if dtype and dtype not in kinds:
         raise PSAError(f"--dtype: {dtype!r} is not one of {', '.join(kinds)}")
     rows, table = (
         [],
-        Table("backend", "L", "D", "density", "dense s", "plan s", "attend s", "total s", "speed-up", "of ideal"),
+        Table("backend", "L", "D", "density", "dense ms", "plan ms", "attend ms", "total ms", "speed-up", "of ideal"),
     )
     cases = len(lengths) * len(head_dims) * len(densities) * len(backends)
     with progress() as bar:
@@ -199,7 +201,7 @@ def bench(
             densities,
             backends=backends,
             heads=heads,
-            dtype=kinds[dtype],
+            dtype=kinds[dtype] if dtype else None,
             is_causal=causal,
             repeats=repeats,
         )
@@ -208,7 +210,7 @@ def bench(
             bar.update(task, advance=1, description=f"L={row.length} D={row.head_dim} density {row.density:.2f}")
             if output:
                 room.write_rows([row], output)
-            times = (f"{value:.3f}" for value in (row.dense, row.plan, row.attend, row.total))
+            times = (f"{1e3 * value:.4g}" for value in (row.dense, row.plan, row.attend, row.total))
             table.add_row(
                 row.backend,
                 str(row.length),
@@ -224,7 +226,7 @@ def bench(
         return print_json([asdict(row) for row in rows])
     out.print(table)
     first = rows[0]
-    where = f"{first.device}, {first.threads} threads, torch {first.torch}, {dtype}"
+    where = f"{first.device}, {first.threads} threads, torch {first.torch}, {first.dtype}"
     out.print(f"[dim]{where}. of ideal: speed-up × density[/dim]")
     if output:
         out.print(f"rows {output}, plot {room.plot(rows, output.with_suffix('.png'))}")

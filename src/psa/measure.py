@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ def timed(function: Callable[[], T]) -> tuple[T, float]:
 
 def seconds(function: Callable[[], Any], *, repeats: int = 3, device: torch.device | str = "cpu") -> float:
     """Median seconds of ``repeats`` calls after one that is not counted; the device is waited for."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    wait = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else (lambda: None)
     function()
     taken = []
     for _ in range(repeats):

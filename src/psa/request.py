@@ -164,7 +164,7 @@ def check_device(request: GenerateRequest) -> None:
         kind = torch.device(request.place).type
     except RuntimeError as error:
         raise ConfigError(f"device: {request.place!r} is no device; expected cuda, cuda:N or cpu") from error
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind not in ("cpu", found.type if found is not None else "cpu"):
         raise ConfigError(f"device: {request.place!r} is not available; this machine has {found or 'only its CPU'}")
     if request.offload and kind == "cpu":

@@ -3,13 +3,14 @@
 
 import importlib
 import logging
+import warnings
 from functools import lru_cache
 from types import ModuleType
 
 from torch import Tensor
 
 from ..config import PSAConfig
-from ..errors import BackendError
+from ..errors import BackendError, PSAWarning
 from .base import Selection
 
 NAMES = ("triton", "torch", "reference")
@@ -39,12 +40,15 @@ def choose(name: str, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> 
         if reasons:
             raise BackendError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
         return load(name)
+    refused = ""
     for candidate in NAMES:
         if candidate == "triton" and not q.is_cuda:
             continue
-        if not load(candidate).unsupported_reasons(q, k, v, selection):
-            _announce(candidate, q.device.type)
+        reasons = load(candidate).unsupported_reasons(q, k, v, selection)
+        if not reasons:
+            _announce(candidate, q.device.type, refused)
             return load(candidate)
+        refused = refused or "; ".join(reasons)
     raise BackendError("no backend can serve this call")
 
 
@@ -57,5 +61,7 @@ def planner(q: Tensor, k: Tensor, config: PSAConfig) -> ModuleType | None:
 
 
 @lru_cache
-def _announce(name: str, device: str) -> None:
+def _announce(name: str, device: str, refused: str) -> None:
     logging.getLogger("psa").info("backend %r serves tensors on %s", name, device)
+    if device == "cuda" and refused:
+        warnings.warn(f"backend {name!r} serves a GPU, slowly: {refused}", PSAWarning, stacklevel=2)

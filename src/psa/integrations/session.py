@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAWarning, ShapeError
 from ..functional import plan_then_attend
+from ..reorder import SemanticState
 from ..state import ProbeState
 from .denoising import Schedule, StepReader
 from .layout import Layout, read_layout
@@ -66,6 +67,8 @@ class Session:
     call: int = 0
     place: tuple[int, int] | None = None
     masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
+    orders: dict[str, SemanticState] = field(default_factory=dict, repr=False)
+    """Centroids of each layer's last step, where the next one's clustering starts."""
     processors: dict[int, Any] = field(default_factory=dict, repr=False)
     """By layer index, weakly: the processor that serves it."""
 
@@ -75,8 +78,8 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         # The pipeline stays behind: a copied model reads its steps from the copied scheduler.
-        return {**self.__dict__, "pipeline": None, "model": None, "masks": {}, "processors": {}, "stats": Stats(),
-                "probes": self.probes if self.probes.replay else ProbeState()}  # fmt: skip
+        fresh = {"pipeline": None, "model": None, "masks": {}, "orders": {}, "processors": {}, "stats": Stats()}
+        return {**self.__dict__, **fresh, "probes": self.probes if self.probes.replay else ProbeState()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,6 +105,7 @@ class Session:
             self.run = self.reader.run
             self.stats.clear()
             self.probes.clear()
+            self.orders.clear()
             self.schedule.warn_if_never_sparse(self.reader.steps)
         self.probes.settle()
 
@@ -170,12 +174,14 @@ class Session:
             q, k, v = (x.roll(shift, 1) for x in (q, k, v))
             key_mask = None if key_mask is None else key_mask.roll(shift, 1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
+        gqa, name = q.shape[1] != k.shape[1], self._name(layer)
         out, plan = plan_then_attend(
             q, k, v, config, self.backend, scale=scale, grid=grid if config.use_rearrange else None, text_length=text,
-            text_position=position, enable_gqa=gqa, key_mask=key_mask, probes=self.probes, layer=self._name(layer),
-            step=self.reader.step,
+            text_position=position, enable_gqa=gqa, key_mask=key_mask, probes=self.probes, layer=name,
+            step=self.reader.step, state=self.orders.get(name),
         )  # fmt: skip
+        if plan.reorder_state is not None:
+            self.orders[name] = plan.reorder_state
         self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
         out = out.transpose(1, 2)
         return out.roll(-shift, 1) if shift else out

@@ -187,6 +187,8 @@ class TrailingText:
         if ids is None:
             ids = next((x for x in args if isinstance(x, Tensor) and x.ndim == 2), None)
         self.prefill.trailing = None
+        if ids is not None and ids.shape[1] <= self.prefill.min_queries:
+            return  # before anything is read from the device: this is every decoded token
         visual = self._visual(ids, kwargs.get("mm_token_type_ids"))
         if visual is None or visual.shape[1] <= self.prefill.min_queries:
             return
