@@ -77,11 +77,6 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
         levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
         the choice, with the error that fresh probes measured (the given one's, where a choice was given).
     """
-    with torch.autocast(layer.q.device.type, enabled=False):
-        return _select_auto(layer, given)
-
-
-def _select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Tensor, Choice]:
     target, several = layer.config.target_error, len(ladder(layer.config)) > 1
     probing = given is None and layer.v is not None
     choice, curve = given, None

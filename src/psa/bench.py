@@ -77,9 +77,9 @@ def smooth_inputs(
 ) -> list[Tensor]:
     """Smooth sequences, since with white noise nothing is worth averaging: a random walk of knots every 64 tokens."""
     g = torch.Generator().manual_seed(seed)
-    knots = torch.randn(3, batch * heads, head_dim, length // 64 + 2, generator=g)
+    knots = torch.randn(3, batch * heads, head_dim, length // 64 + 2, generator=g, device="cpu")
     smooth = torch.nn.functional.interpolate(knots.flatten(0, 1), size=length, mode="linear")
-    noise = torch.randn(smooth.shape, generator=g)
+    noise = torch.randn(smooth.shape, generator=g, device="cpu")
     mixed = (smooth * 2 + noise).unflatten(0, (3, batch, heads)).transpose(-1, -2)
     return [part.contiguous().to(device, dtype) for part in mixed]
 

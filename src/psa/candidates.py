@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return _made_once(values, type(values[0]), device)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _made_once(values: tuple[float, ...], kind: type, device: torch.device) -> Tensor:
     """A small table on the device, so that captured graphs copy nothing from the host. kind: 1 and True hash alike."""
     return torch.tensor(values, device=device)

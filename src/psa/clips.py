@@ -74,7 +74,7 @@ def clip_qkv(
     channels = cells.shape[-1]
 
     def weights() -> Tensor:
-        return torch.randn(heads, channels, head_dim, generator=g) / channels**0.5
+        return torch.randn(heads, channels, head_dim, generator=g, device="cpu") / channels**0.5
 
     w_k, w_v = weights(), weights()
     w_q = w_k + 0.6 * weights()

@@ -42,7 +42,7 @@ def _rebuild(base: type, state: dict[str, Any], session: Session, layer: int, pr
     own.update({name: value for name, value in state.items() if name != "_attention_backend"})
     processor.psa_dense = state.get("_attention_backend", state.get("psa_dense"))
     processor.psa_session, processor.psa_layer, processor.psa_previous = session, layer, previous
-    processor.psa_tag = torch.tensor([session.id, layer])
+    processor.psa_tag = torch.tensor([session.id, layer], device="cpu")
     session.processors[layer] = weakref.ref(processor)
     return processor
 
