@@ -50,7 +50,7 @@ def _with_sorted_keys(
     """``base`` with the keys of every block sorted, per head."""
     if base is None:
         order = key_order(q.detach(), k.detach(), key_mask, block_n)
-        return Permutation(torch.arange(q.shape[2], device=q.device), order)
-    key_mask = None if key_mask is None else base.apply_k_mask(key_mask)
-    order = key_order(q.detach(), base.apply_k(k).detach(), key_mask, block_n)
-    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order))
+        return Permutation(torch.arange(q.shape[2], device=q.device), order, key_mask)
+    moved = None if key_mask is None else base.apply_k_mask(key_mask)
+    order = key_order(q.detach(), base.apply_k(k).detach(), moved, block_n)
+    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order), key_mask)

@@ -35,11 +35,11 @@ def slope_basis(
 
     Args:
         k, v: [B, Hkv, Lk, D] in plan order, float32 or float64.
-        dtype: of the products. Both factors lose their means before they are rounded to it: what rounding does to a
-            mean would weigh as much as what is sought.
+        dtype: of the products. Where that is a narrower one, values lose their means too before they are rounded: what
+            rounding does to a mean would weigh as much as what is sought.
 
     Returns:
-        moments: (whole, between), each [B, Hkv, N, D, D]: Σ (k - k̄)ᵀ (v - v̄) over a block's real tokens, and the part
+        moments: (whole, between), each [B, Hkv, N, D, D]: Σ (k - k̄)ᵀ v over a block's real tokens, and the part
             of it that lies between the means of groups of FINE.
         mix: float32 [B, Hkv, N, E, 2], zero for level 1; the covariance of level 2**e is ``Σ_i mix[e, i] moments[i]``.
     """
@@ -49,7 +49,8 @@ def slope_basis(
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = torch.nn.functional.pad(mask, (0, pad))
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) * real[:, None, :, None] for x in (k, v))
-    keys, values = (centred(x, block_n, real) for x in (k, v))
+    keys = centred(k, block_n, real)
+    values = centred(v, block_n, real) if dtype.itemsize < v.dtype.itemsize else v
     fine_keys, fine_values = group_sums(keys, FINE), group_sums(values, FINE)
     if real is None:
         fine_keys = fine_keys / FINE

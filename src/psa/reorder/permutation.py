@@ -17,13 +17,15 @@ class Permutation:
 
     ``q_order`` and ``k_order`` are int64, either one order for everybody, [L], or one per head, [B|1, H, L] for queries
     and [B|1, Hkv, L] for keys and values. ``k_order`` may be the very same tensor as ``q_order``; then it is stored,
-    moved and inverted once. The two lengths may differ. Inverses are computed when first needed and kept.
+    moved and inverted once. The two lengths may differ. Inverses are computed when first needed and kept. ``key_mask``
+    [B, Lk], if any, is one about whose masked tokens all heads agree, as the order was made so.
 
     Every method raises ShapeError when the data's batch, head or token count does not fit the order.
     """
 
     q_order: Tensor
     k_order: Tensor
+    key_mask: Tensor | None = field(default=None, repr=False)
     _inverses: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,14 +78,14 @@ class Permutation:
         """A per-key mask [B, L] in the new order, [B, L].
 
         With per-head orders this needs all heads to agree where the masked tokens went, as
-        ``semantic_permutation(..., key_mask=mask)`` arranges; ShapeError otherwise. (In that case the check waits for
-        the device.)
+        ``semantic_permutation(..., key_mask=mask)`` arranges; ShapeError otherwise. (For another mask than the order
+        was made with, the check waits for the device.)
         """
         heads = self.k_order.shape[1] if self.k_order.ndim == 3 else 1
         per_head = mask[:, None].expand(-1, heads, -1)
         _check_fits(per_head, self.k_order, "key_mask")
         moved = _take(per_head, self.k_order)
-        if heads > 1 and bool((moved != moved[:, :1]).any()):
+        if heads > 1 and mask is not self.key_mask and bool((moved != moved[:, :1]).any()):
             raise ShapeError(
                 "key_mask [B, L] cannot follow these per-head orders: heads put masked tokens at different places. "
                 "Build the permutation with this key_mask, or use one order for all heads (Gilbert, tile)."
@@ -96,7 +98,7 @@ class Permutation:
         k_order = q_order if self.k_order is self.q_order else self.k_order.to(device)
         if q_order is self.q_order and k_order is self.k_order:
             return self
-        moved = Permutation(q_order, k_order)
+        moved = Permutation(q_order, k_order, self.key_mask)
         moved._inverses.update((name, inverse.to(device)) for name, inverse in self._inverses.items())
         return moved
 

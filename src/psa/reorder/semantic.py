@@ -88,7 +88,7 @@ def semantic_permutation(
     q_order, q_centroids = _cluster_order(_video(q, *text), settings, state and state.q_centroids, None)
     real = None if key_mask is None else _video(key_mask[:, None, :, None], *text)[:, 0, :, 0]
     k_order, k_centroids = _cluster_order(_video(k, *text), settings, state and state.k_centroids, real)
-    permutation = Permutation(with_text(q_order, *text), with_text(k_order, *text))
+    permutation = Permutation(with_text(q_order, *text), with_text(k_order, *text), key_mask)
     return permutation, SemanticState(q_centroids, k_centroids)
 
 
