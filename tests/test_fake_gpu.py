@@ -3,6 +3,7 @@ what would make the host wait for a value raises, since there is none."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import psa
 from psa import candidates, functional, importance, ops
@@ -70,3 +71,29 @@ def test_nothing_waits_and_no_devices_mix(name, call, kernels, gpu, monkeypatch)
         probes = psa.ProbeState()
         probes.record(0, 0, plan, None)
         functional.plan_then_attend(q, k, v, CONFIGS[name], "auto", **options, probes=probes, step=1)
+
+
+class Count(TorchDispatchMode):
+    """Counts what a GPU would be asked for: operators that are neither views nor allocations."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function._schema.returns
+        view = bool(results) and all(x.alias_info is not None and not x.alias_info.is_write for x in results)
+        self.launches += not view and "empty" not in function.__name__
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_automatic_mode_asks_for_few_launches(gpu, monkeypatch):
+    """At Wan 2.1 1.3B's size, as docs/en/performance.md says: a few hundred a layer, not thousands."""
+    monkeypatch.setattr(ops, "planner", lambda *_: Kernels)
+    q, k, v = (torch.empty(1, 12, 32760, 128, device=gpu, dtype=torch.bfloat16) for _ in "qkv")
+    probes, counts = psa.ProbeState(), []
+    for step in range(2):
+        with Count() as count:
+            functional.plan_then_attend(
+                q, k, v, CONFIGS["auto"], "auto", grid=(21, 30, 52), probes=probes, layer=0, step=step
+            )
+        counts.append(count.launches)
+    assert 300 < counts[1] < 500 and 1500 < counts[0] < 3000, counts

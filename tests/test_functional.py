@@ -346,7 +346,7 @@ def test_a_gpus_scratch_changes_no_result(monkeypatch):
     call = {"enable_gqa": True, "return_plan": True}
     configs = [psa.PSAConfig(density=0.3), FIXED.replace(importance="antidiagonal"), FIXED.replace(bias="measured")]
     want = [psa.psa_attention(q, k, v, config=config, **call) for config in configs]
-    for elements in (1, 1 << 14):
+    for elements in (1, 1 << 14, 1 << 28):
         for module in ("slope", "probe", "importance", "reorder.keys"):
             monkeypatch.setattr(f"psa.{module}.at_once", lambda like, on_cpu: elements)  # noqa: B023
         for config, (out, plan) in zip(configs, want, strict=True):

@@ -7,7 +7,10 @@ of small matrices. Nothing here runs the attention kernel, nothing waits for the
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,37 +91,77 @@ def row_errors(
         errors float32 [B, H, S, C, K, 2], by cap, with the slope correction and without, and norms float32 [B, H, S];
         sums over the R rows of a query block.
     """
-    batch, heads, _, dim = q.shape
-    groups = heads // k.shape[1]
-    strata, each = rows.rows.shape[1:]
-    count, blocks = scored.levels.shape[3:]
-    errors = torch.zeros(batch, heads, strata, count, len(scored.caps), 2, device=q.device)
-    norms = torch.zeros(batch, heads, strata, device=q.device)
-    step = max(1, at_once(q, CHUNK) // (each * (k.shape[2] * 8 + blocks * (dim + 1) * 2) + blocks * count * 8))
+    groups = q.shape[1] // k.shape[1]
     power = mean_square(q)
-    for b in range(batch):
-        mask = None if key_mask is None else key_mask[b : b + 1]
-        for h in range(heads):
-            if h % groups == 0:
-                kv = slice(h // groups, h // groups + 1)
-                pyramid = _Pyramid(k[b : b + 1, kv], v[b : b + 1, kv], block_n, mask)
-            bias = pyramid.variance_bias(power[b, h], scale, scored.caps)
-            for first in range(0, strata, step):
-                part = slice(first, first + step)
-                index = rows.rows[h, part]
-                queries = scale * q[b, h][index].float()
-                logits = queries.flatten(0, 1) @ pyramid.k.mT
-                position = (index + k.shape[2] - q.shape[2]).flatten()[:, None] if is_causal else None
-                levels, shares = scored.levels[b, h, part], scored.shares[b, h, part]
-                out = pyramid.outputs(logits, levels, bias, position)
-                slope = pyramid.slope(logits, levels, shares) / pyramid.top  # squares must not overflow
-                exact = out[0][:, -1:] / pyramid.top
-                for cap, found in enumerate(out):
-                    wrong = found[:, :-1] / pyramid.top - exact
-                    errors[b, h, part, :, cap, 0] = (wrong + slope).square().sum((2, 3))
-                    errors[b, h, part, :, cap, 1] = wrong.square().sum((2, 3))
-                norms[b, h, part] = exact.square().sum((1, 2, 3))
+    each, (count, blocks) = rows.rows.shape[2], scored.levels.shape[3:]
+    per_block = each * (k.shape[2] * 8 + blocks * (q.shape[3] + 1) * 2) + blocks * count * 8
+    together = at_once(q, 0) // (per_block * rows.rows.shape[1] * groups)
+    call = {"block_n": block_n, "scale": scale, "caps": scored.caps, "step": max(1, at_once(q, CHUNK) // per_block)}
+    call |= {"shift": k.shape[2] - q.shape[2] if is_causal else None}
+    results = []
+    for b in range(q.shape[0]):
+        of_group = partial(_group_errors, mask=None if key_mask is None else key_mask[b : b + 1], **call)
+        shared = (x.unflatten(0, (-1, groups)) for x in (rows.rows, q[b], power[b], scored.levels[b], scored.shares[b]))
+        results.append(_over_heads(of_group, (k[b], v[b], *shared), together))
+    errors, norms = (torch.stack([x.flatten(0, 1) for x in parts]) for parts in zip(*results, strict=True))
     return errors, norms
+
+
+def _over_heads(function: Callable[..., Any], inputs: tuple[Tensor, ...], together: int) -> tuple[Tensor, ...]:
+    """``function`` of every KV head: ``together`` of them in one go, or one by one, which caches of a CPU like."""
+    if together > 1:
+        return torch.func.vmap(function, chunk_size=together)(*inputs)
+    each = [function(*(x[head] for x in inputs)) for head in range(inputs[0].shape[0])]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+
+
+def _group_errors(
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    q: Tensor,
+    power: Tensor,
+    levels: Tensor,
+    shares: Tensor,
+    *,
+    mask: Tensor | None,
+    block_n: int,
+    scale: float,
+    caps: tuple[float, ...],
+    step: int,
+    shift: int | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_errors` for one KV head, k, v [Lk, D], and the G query heads that share it: errors [G, S, C, K, 2],
+    norms [G, S]. ``step`` query blocks at a time; causal attention sees key j from query i where j <= i + ``shift``."""
+    pyramid = _Pyramid(k[None, None], v[None, None], block_n, mask)
+    every = []
+    for head in range(q.shape[0]):
+        bias = pyramid.variance_bias(power[head], scale, caps)
+        parts = zip(*(x[head].split(step) for x in (rows, levels, shares)), strict=True)
+        done = [_part_errors(pyramid, scale * q[head][part[0]].float(), *part, bias, shift) for part in parts]
+        every.append([torch.cat(found) for found in zip(*done, strict=True)])
+    errors, norms = (torch.stack(found) for found in zip(*every, strict=True))
+    return errors, norms
+
+
+def _part_errors(
+    pyramid: "_Pyramid",
+    queries: Tensor,
+    rows: Tensor,
+    levels: Tensor,
+    shares: Tensor,
+    bias: list[list[Tensor]],
+    shift: int | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_errors` for some query blocks of one head, queries [S, R, D]."""
+    logits = queries.flatten(0, 1) @ pyramid.k.mT
+    position = None if shift is None else (rows + shift).flatten()[:, None]
+    out = pyramid.outputs(logits, levels, bias, position)
+    slope = pyramid.slope(logits, levels, shares) / pyramid.top  # squares must not overflow
+    exact = out[0][:, -1:] / pyramid.top
+    wrong = [found[:, :-1] / pyramid.top - exact for found in out]
+    both = [torch.stack([(x + slope).square().sum((2, 3)), x.square().sum((2, 3))], dim=-1) for x in wrong]
+    return torch.stack(both, dim=2), exact.square().sum((1, 2, 3))
 
 
 class _Pyramid:
