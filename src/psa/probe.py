@@ -138,7 +138,10 @@ def _group_errors(
     for head in range(q.shape[0]):
         bias = pyramid.variance_bias(power[head], scale, caps)
         parts = zip(*(x[head].split(step) for x in (rows, levels, shares)), strict=True)
-        done = [_part_errors(pyramid, scale * q[head][part[0]].float(), *part, bias, shift) for part in parts]
+        done = [
+            _part_errors(pyramid, scale * q[head][some].float(), some, kept, share, bias, shift)
+            for some, kept, share in parts
+        ]
         every.append([torch.cat(found) for found in zip(*done, strict=True)])
     errors, norms = (torch.stack(found) for found in zip(*every, strict=True))
     return errors, norms
