@@ -17,6 +17,10 @@ OLDEST := PYTHONPATH=$(FLOOR) $(RUN)/python -m pytest -n 2 tests/test_diffusers*
 TORCHAO := $(VENV)/torchao-0.18.0
 QUANTISED := PYTHONPATH=$(TORCHAO) $(RUN)/python -m pytest tests/test_diffusers_hosts.py -k torchao
 
+# The oldest Triton that is claimed, and the one of the PyTorch before the newest: every kernel must compile with them.
+TRITONS := $(VENV)/triton-3.4.0 $(VENV)/triton-3.6.0
+COMPILED := for triton in $(TRITONS); do PYTHONPATH=$$triton $(RUN)/python benchmarks/aot.py --arch 90 --few || exit 1; done
+
 .PHONY: help demo test test-all lint bench docs setup clean
 .DEFAULT_GOAL := help
 
@@ -40,17 +44,21 @@ test: setup lint $(FLOOR) $(TORCHAO)
 	$(OLDEST) -m "not slow"
 	$(QUANTISED)
 
-test-all: setup lint $(FLOOR) $(TORCHAO)
+test-all: setup lint $(FLOOR) $(TORCHAO) $(TRITONS)
 	$(TESTS)
 	$(KERNELS)
 	$(OLDEST)
 	$(QUANTISED)
+	$(COMPILED)
 
 $(FLOOR): $(VENV)/.ready
 	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps diffusers==0.36.0 httpx
 
 $(TORCHAO): $(VENV)/.ready
 	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps torchao==0.18.0
+
+$(TRITONS): $(VENV)/triton-%: $(VENV)/.ready
+	$(UV) pip install -q --python $(RUN)/python --target $@ --no-deps triton==$*
 
 lint: setup
 	$(RUN)/ruff check .

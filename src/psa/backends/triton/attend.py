@@ -41,10 +41,12 @@ def _psa_fwd_kernel(
 
     First the whole level-1 tiles, which need neither bias nor mask, then every other row of the list.
     """
-    tile, wide_batch, wide_head, keys_ptr, values_ptr, bias_ptr, list_ptr, ends_ptr, pair_ptr = program_of_queries(
-        keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, list_strides, bias_strides, pair_strides,
-        heads, blocks, rows, GROUP, D, block_m, LEVELS, BLOCK_M, CAUSAL, PAIR_BIAS,
+    tile, wide_batch, wide_head, keys_ptr, values_ptr, bias_ptr, list_ptr, ends_ptr, pair_line = program_of_queries(
+        keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, list_strides, bias_strides, pair_strides,
+        heads, blocks, rows, GROUP, D, block_m, LEVELS, BLOCK_M, CAUSAL,
     )  # fmt: skip
+    if PAIR_BIAS:
+        pair_ptr += pair_line
     first_row = tile * BLOCK_M
     query_row = first_row + tl.arange(0, BLOCK_M)
     position = query_row + length_k - length_q

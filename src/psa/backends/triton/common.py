@@ -119,15 +119,16 @@ def inside(first, length, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constex
 
 @triton.jit
 def program_of_queries(
-    keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, pair_ptr, list_strides, bias_strides, pair_strides,
+    keys_ptr, values_ptr, bias_ptr, blocks_ptr, ends_ptr, list_strides, bias_strides, pair_strides,
     heads, blocks, rows, GROUP: tl.constexpr, D: tl.constexpr, block_m: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, PAIR_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """What a program of BLOCK_M query rows works on; its grid is (query tiles, B * H).
 
     Returns:
         The tile (causal ones with the most work first), batch and head (64-bit), then its head's keys, values and row
-        biases, and its query block's list, ends and pair biases.
+        biases, its query block's list and ends, and where its pair biases begin: an offset, since Triton 3.6 cannot
+        return a pointer that is None.
     """
     tile = tl.program_id(0)
     if CAUSAL:
@@ -138,11 +139,10 @@ def program_of_queries(
     list_line = wide_batch * list_strides[0] + wide_head * list_strides[1] + line
     kv_row = (wide_batch * (heads // GROUP) + head // GROUP) * rows
     bias_ptr += wide_batch * bias_strides[0] + wide_head * bias_strides[1]
-    if PAIR_BIAS:
-        pair_ptr += wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
+    pair_line = wide_batch * pair_strides[0] + wide_head * pair_strides[1] + line.to(tl.int64) * blocks
     return (
         tile, wide_batch, wide_head, keys_ptr + kv_row * D, values_ptr + kv_row * D, bias_ptr,
-        blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS, pair_ptr,
+        blocks_ptr + list_line * blocks, ends_ptr + list_line * LEVELS, pair_line,
     )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def _schedule_kernel(
         for e in range(COUNT):
             found = tl.sum((level == (1 << e)).to(tl.int32), axis=1)
             counts += tl.where(exponent[None, :] == e, found[:, None], 0)
-    ends = tl.cumsum(counts, 1)
+    before = exponent[:, None] <= exponent[None, :]
+    ends = tl.sum(tl.where(before[None], counts[:, :, None], 0), axis=1)  # Triton 3.6 cannot scan so small a tile
     keep = (row < rows)[:, None] & (exponent < COUNT)[None, :]
     tl.store(ends_ptr + line[:, None] * COUNT + exponent[None, :], ends, mask=keep)
     place = ends - counts
