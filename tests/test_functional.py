@@ -343,14 +343,22 @@ def test_importing_psa_loads_no_optional_package():
 def test_a_gpus_scratch_changes_no_result(monkeypatch):
     """On a GPU more is worked on at a time, and squares are averaged by a reduction that makes no copy."""
     q, k, v = tensors(2, 4, 2, 300, 300)
-    call = {"enable_gqa": True, "return_plan": True}
-    configs = [psa.PSAConfig(density=0.3), FIXED.replace(importance="antidiagonal"), FIXED.replace(bias="measured")]
-    want = [psa.psa_attention(q, k, v, config=config, **call) for config in configs]
+    auto = psa.PSAConfig(density=0.3)
+    calls = [
+        {"config": config}
+        for config in (auto, FIXED.replace(importance="antidiagonal"), FIXED.replace(bias="measured"))
+    ]
+    calls += [
+        {"config": auto, "is_causal": True},
+        {"config": auto, "key_mask": torch.arange(300)[None].expand(2, -1) < 250},
+    ]
+    make = lambda call: psa.psa_attention(q, k, v, enable_gqa=True, return_plan=True, **call)  # noqa: E731
+    want = [make(call) for call in calls]
     for elements in (1, 1 << 14, 1 << 28):
         for module in ("slope", "probe", "importance", "reorder.keys"):
             monkeypatch.setattr(f"psa.{module}.at_once", lambda like, on_cpu: elements)  # noqa: B023
-        for config, (out, plan) in zip(configs, want, strict=True):
-            again, its_plan = psa.psa_attention(q, k, v, config=config, **call)
+        for call, (out, plan) in zip(calls, want, strict=True):
+            again, its_plan = make(call)
             torch.testing.assert_close(again, out)
             assert torch.equal(its_plan.levels, plan.levels)
     meta = memory.mean_square(q.to("meta"))
