@@ -226,3 +226,14 @@ def test_what_the_kernels_do_not_cover_is_said():
     assert triton.planning_reasons(q, long, psa.PSAConfig(density=0.2, exponent=1.0)) == []
     assert "2048" in triton.planning_reasons(q, long, psa.PSAConfig(density=0.2, rank_exponent=0.5))[0]
     assert triton.planning_reasons(q.double(), q.double(), psa.PSAConfig(density=0.2))
+
+
+def test_what_no_small_gpu_can_hold_is_planned_another_way():
+    """float32 of 256 channels takes 136 KiB a tile as compiled for sm_120, which has 99; 128 channels take 68."""
+    q = torch.zeros(1, 1, 256, 256)
+    config = psa.PSAConfig(mask_mode="topk")
+    assert any("shared memory" in reason for reason in triton.planning_reasons(q, q, config))
+    assert not triton.planning_reasons(q[..., :128], q[..., :128], config)
+    assert not triton.planning_reasons(q.bfloat16(), q.bfloat16(), config)
+    single = config.replace(importance_rows=1, importance_cols=1)
+    assert any("shared memory" in reason for reason in triton.planning_reasons(q.bfloat16(), q.bfloat16(), single))

@@ -25,6 +25,8 @@ LARGEST_GRID = 65535
 LARGEST_ROW = 32768
 LARGEST_SORTED = 2048
 """KV blocks of a row; of one that is sorted, for ``rank_exponent``."""
+SHARED = 96 << 10
+"""Bytes of shared memory that a program has on every GPU."""
 OLDEST = (3, 4)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -110,6 +112,12 @@ def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
         reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
     if q.shape[-1] > 256:
         reasons.append(f"head dimension {q.shape[-1]} is above 256")
+    if not reasons:
+        from .importance import shared_bytes
+
+        pooled = config.importance_rows, config.importance_cols
+        if shared_bytes(config.block_m, config.block_n, *pooled, q.shape[-1], q.dtype == torch.float32) > SHARED:
+            reasons.append("pooled rows of this width and dtype pass the shared memory that every GPU has")
     return reasons + _grid_reasons(q)
 
 

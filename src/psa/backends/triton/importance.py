@@ -283,11 +283,19 @@ def tiling(
 ) -> tuple[int, int, int, int]:
     """Pooled query rows and pooled keys per tile, warps, and pipeline stages.
 
-    ``single``: float32 operands; ``extras``: rows are sorted or squares summed, which spills with 4 warps.
+    ``single``: float32 operands, of which wide ones fill the shared memory of smaller GPUs; ``extras``: rows are sorted
+    or squares summed, which spills with 4 warps.
     """
     tile_rows = max(block_m // rows, MAX_ROWS)
-    keys = max(block_n // cols, 32 if single else 64)
-    return tile_rows, keys, max(8 if single or extras or dim > 128 else 4, tile_rows // 16), 2
+    wide = single and dim > 64
+    keys = max(block_n // cols, 16 if wide else 32 if single else 64)
+    return tile_rows, keys, max(8 if single or extras or dim > 128 else 4, tile_rows // 16), 1 if wide else 2
+
+
+def shared_bytes(block_m: int, block_n: int, rows: int, cols: int, dim: int, single: bool) -> int:
+    """About what a tile takes of shared memory; float32 operands are split in three for the tensor cores."""
+    tile_rows, keys, _, stages = tiling(block_m, block_n, rows, cols, dim, single, False)
+    return (tile_rows + stages * keys) * padded(dim) * (7 if single else 2)
 
 
 def _processors(device: torch.device) -> int:
