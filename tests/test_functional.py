@@ -356,7 +356,7 @@ def test_a_gpus_scratch_changes_no_result(monkeypatch):
     want = [make(call) for call in calls]
     for elements in (1, 1 << 14, 1 << 28):
         for module in ("slope", "probe", "importance", "reorder.keys"):
-            monkeypatch.setattr(f"psa.{module}.at_once", lambda like, on_cpu: elements)  # noqa: B023
+            monkeypatch.setattr(f"psa.{module}.scratch_elements", lambda like, on_cpu: elements)  # noqa: B023
         for call, (out, plan) in zip(calls, want, strict=True):
             again, its_plan = make(call)
             torch.testing.assert_close(again, out)

@@ -42,7 +42,7 @@ def test_a_gpu_plans_groups_of_heads(together):
     q, k, v = (torch.randn(2, heads, 300, 32, generator=g) for heads in (6, 3, 3))
     settings = (psa.PSAConfig(density=0.3).key, 0.2, False, 0, "last")
     want = torch.ops.psa.select(q, k, v, None, None, None, *settings)
-    got = psa.ops._select_by_head(q, k, v, None, None, None, together, *settings)
+    got = psa.ops._select_in_groups(q, k, v, None, None, None, together, *settings)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -135,8 +135,10 @@ def load(request: GenerateRequest) -> Any:
         from .integrations.parallel import split_sequence
 
         device = split_sequence(pipe, request.context_parallel, device)
-    elif world() > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif device == "cuda":
+        import torch
+
+        device = f"cuda:{torch.cuda.current_device()}"
     if request.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif request.offload == "sequential":

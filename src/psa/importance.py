@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import PSAConfig
-from .memory import at_once
+from .memory import scratch_elements
 from .pyramid import group_counts, group_means, group_sums
 
 CHUNK = 1 << 20
@@ -146,7 +146,10 @@ def block_scores(
         position = torch.nn.functional.pad(position, (0, missing)).unflatten(-1, (blocks_k, -1)).mT.contiguous()
     together = 1 if keys.device.type == "cpu" else kv_heads  # a product of one pair of matrices is faster on the CPU
     groups = heads // kv_heads * together
-    step = max(1, at_once(keys, CHUNK) // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q) * rows.per_block_q
+    step = (
+        max(1, scratch_elements(keys, CHUNK) // max(1, groups * keys[0, 0, 0].numel()) // rows.per_block_q)
+        * rows.per_block_q
+    )
     for b, first, start in itertools.product(range(batch), range(0, kv_heads, together), range(0, count, step)):
         of = slice(first * (heads // kv_heads), first * (heads // kv_heads) + groups)
         if wanted is not None and wanted.device.type == "cpu" and not bool(wanted[b, of].any()):
@@ -194,7 +197,7 @@ def measured_mass(
     mass = torch.zeros(batch, heads, blocks_q, blocks_k, device=q.device)
     ratio = torch.zeros(batch, heads, blocks_q, blocks_k, len(exponents), dtype=torch.float16, device=q.device)
     per_block = block_m // rows
-    step = max(1, at_once(keys, CHUNK) // max(1, heads * keys.shape[-1]) // per_block) * per_block
+    step = max(1, scratch_elements(keys, CHUNK) // max(1, heads * keys.shape[-1]) // per_block) * per_block
     for b in range(batch):
         weight = real[b if real.shape[0] > 1 else 0]
         for start in range(0, count, step):

@@ -7,7 +7,7 @@ GPU_ELEMENTS = 1 << 28
 """Elements of scratch on a GPU (1 GiB in float32)."""
 
 
-def at_once(like: Tensor, on_cpu: int) -> int:
+def scratch_elements(like: Tensor, on_cpu: int) -> int:
     """Elements of scratch to hold at a time on the device of ``like``."""
     return on_cpu if like.device.type == "cpu" else GPU_ELEMENTS
 

@@ -18,12 +18,12 @@ from .backends.base import Selection
 from .candidates import Choice
 from .config import PSAConfig
 from .importance import importance, measured_mass
-from .memory import at_once, mean_square
+from .memory import mean_square, scratch_elements
 from .schedule import level_index
 
 SELECT_AT_ONCE = 1 << 25
-"""Query elements above which a CPU plans heads one by one, so that a long sequence's scratch is that of one head. A GPU
-plans twice as many as it holds elements of scratch (:mod:`psa.memory`) together: one head would leave it idle."""
+"""Query elements above which a CPU plans heads one by one, so that a long sequence's scratch is that of one head. A
+GPU, which one head would leave idle, plans as many together as its own limit takes (:mod:`psa.memory`)."""
 
 
 def _blocks(length: int, block: int) -> int:
@@ -57,11 +57,11 @@ def select(
     device = None if 0 in (*q.shape, *k.shape) else planner(q, k, config)
     pooled = config.importance == "pooled" and config.bias != "measured"
     split = device is None or not pooled or config.mask_mode == "auto"
-    limit = at_once(q, SELECT_AT_ONCE // 2) * 2
+    limit = scratch_elements(q, SELECT_AT_ONCE)
     if split and q.numel() > limit and q.shape[0] * q.shape[1] > 1 and not config.share_heads:
         settings = (config_key, scale, is_causal, text_length, text_position)
         together = 1 if q.device.type == "cpu" else max(1, limit // (q.shape[2] * q.shape[3]))
-        return _select_by_head(q, k, v, given, key_mask, choice, together, *settings)
+        return _select_in_groups(q, k, v, given, key_mask, choice, together, *settings)
     mask = block_mask(
         q.shape[2],
         k.shape[2],
@@ -140,7 +140,7 @@ def concentration(scored: Tensor) -> Tensor:
     return share.square().sum(-1).mean(-1)
 
 
-def _select_by_head(
+def _select_in_groups(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,

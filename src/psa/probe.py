@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .memory import at_once, mean_square
+from .memory import mean_square, scratch_elements
 from .schedule import level_index
 from .slope import FINE, centred, slope_mix
 
@@ -95,8 +95,13 @@ def row_errors(
     power = mean_square(q)
     each, (count, blocks) = rows.rows.shape[2], scored.levels.shape[3:]
     per_block = each * (k.shape[2] * 8 + blocks * (q.shape[3] + 1) * 2) + blocks * count * 8
-    together = at_once(q, 0) // (per_block * rows.rows.shape[1] * groups)
-    call = {"block_n": block_n, "scale": scale, "caps": scored.caps, "step": max(1, at_once(q, CHUNK) // per_block)}
+    together = scratch_elements(q, 0) // (per_block * rows.rows.shape[1] * groups)
+    call = {
+        "block_n": block_n,
+        "scale": scale,
+        "caps": scored.caps,
+        "step": max(1, scratch_elements(q, CHUNK) // per_block),
+    }
     call |= {"shift": k.shape[2] - q.shape[2] if is_causal else None}
     results = []
     for b in range(q.shape[0]):

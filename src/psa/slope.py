@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .autocast import unaffected
-from .memory import at_once
+from .memory import scratch_elements
 from .pyramid import group_sums
 from .schedule import level_index
 from .values import MAX_LEVEL
@@ -132,7 +132,7 @@ def slope_correction(
     dtype = q.dtype if fits else torch.float32  # moments of float16 may exceed its range
     wide = torch.promote_types(dtype, torch.float32)
     index = level_index(levels).clamp(min=0).expand(shares.shape).long()
-    step = max(1, at_once(q, CHUNK) // (2 * blocks_k * dim * dim))
+    step = max(1, scratch_elements(q, CHUNK) // (2 * blocks_k * dim * dim))
     missing = blocks_q * block_m - q.shape[2]
     out = []
     for b in range(batch):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psa.autocast import unaffected
-from psa.memory import at_once, mean_square
+from psa.memory import mean_square, scratch_elements
 from psa.pyramid import group_sums
 
 DIRECTIONS = 8
@@ -39,7 +39,7 @@ def key_order(q: Tensor, k: Tensor, key_mask: Tensor | None, block_n: int) -> Te
         return order.clone()
     weight = mean_square(q).unflatten(1, (kv_heads, -1)).mean(2).sqrt()
     stays = None if key_mask is None else ~key_mask[:, :whole].unflatten(1, (-1, block_n)).all(-1)
-    heads = max(1, at_once(k, k.numel()) // max(1, k[:, 0].numel()))
+    heads = max(1, scratch_elements(k, k.numel()) // max(1, k[:, 0].numel()))
     parts = [
         _sorted(k[:, some, :whole], weight[:, some], stays, order[:, some, :whole], block_n)
         for some in (slice(first, first + heads) for first in range(0, kv_heads, heads))

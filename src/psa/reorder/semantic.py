@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from psa.errors import ConfigError, ShapeError
-from psa.memory import at_once
+from psa.memory import scratch_elements
 from psa.reorder.permutation import Permutation, check_text, with_text
 
 TOKENS_PER_CLUSTER = 32
@@ -203,7 +203,7 @@ def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 def _chunks(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
     per_token = x.shape[0] * x.shape[1] * centroids.shape[2]
-    return x.split(max(1, at_once(x, CHUNK_ELEMENTS) // per_token), dim=2)
+    return x.split(max(1, scratch_elements(x, CHUNK_ELEMENTS) // per_token), dim=2)
 
 
 def _video(x: Tensor, text_length: int, text_position: str) -> Tensor:
