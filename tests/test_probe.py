@@ -84,9 +84,11 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         column = lambda x, m=m: x[:, :, m : m + 1, None]  # noqa: E731
         scored = Scored(column(levels), column(share), (3.0, 0.7))
         rows = Rows(torch.full((4, 1), m), index)
-        squared, norms = row_errors(q, k, v, rows, scored, block_n=32, scale=32**-0.5, is_causal=causal, key_mask=mask)
+        call = {"block_n": 32, "scale": 32**-0.5, "is_causal": causal, "key_mask": mask}
+        squared, norms, unit = row_errors(q, k, v, rows, scored, **call)
         part = slice(m * 64, last)
         norm = true[:, :, part].square().sum((2, 3))
+        torch.testing.assert_close(norms[:, :, 0] * unit.square(), norm, rtol=1e-3, atol=1e-6)
         for place, out in enumerate(outs):
             want = (out - true)[:, :, part].square().sum((2, 3))
             found = squared[:, :, 0, 0, 1, place] / norms[:, :, 0]
@@ -248,6 +250,66 @@ def test_target_error_is_met_or_the_head_runs_dense():
     torch.testing.assert_close(out.double(), dense(q, k, v), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("max_density", [1 / 64, 1 / 32])
+def test_a_bound_below_every_probed_density_runs_dense_too(max_density):
+    q, k, v = tensors(1, 2, 2, 1024, 1024)
+    config = psa.PSAConfig(target_error=1e-4, max_density=max_density)
+    out, plan = psa.psa_attention(q, k, v, config=config, return_plan=True)
+    assert plan.density == 1.0 and "cannot meet" in plan.notes[0]
+    easy = psa.PSAConfig(target_error=10.0, max_density=max_density)
+    assert psa.plan(q, k, easy, v=v).density <= max_density * 1.02, "what any error allows is the coarsest plan"
+
+
+def test_a_shared_budget_counts_heads_in_one_unit():
+    """The layer's error is a sum over heads: values ten times as large are worth more of the density."""
+    q, k, v = tensors(1, 2, 2, 2048, 2048)
+    q, k, v = (x[:, :1].repeat(1, 2, 1, 1) for x in (q, k, v))
+    v = v * torch.tensor([10.0, 1.0])[:, None, None]
+    plan = psa.plan(q, k, psa.PSAConfig(density=0.15, share_heads=True), v=v)
+    large, small = plan.density_per_head.flatten().tolist()
+    assert large > 1.5 * small and plan.density <= 0.15 * 1.02
+
+
+def test_a_shared_budget_may_be_small():
+    q, k, v = tensors(1, 3, 3, 2048, 2048)
+    plan = psa.plan(q, k, psa.PSAConfig(density=0.02, share_heads=True), v=v)
+    assert plan.density <= 0.02 * 1.02
+
+
+def test_what_is_ruled_out_is_not_chosen_even_without_any_error():
+    q, k, v = tensors(1, 2, 2, 512, 512)
+    without = psa.PSAConfig(density=0.15, slope=False)
+    for values in (None, torch.ones_like(v)):
+        assert all("slope" not in row["setting"] for row in psa.plan(q, k, without, v=values).report)
+
+
+def test_a_note_tells_of_a_single_head_above_its_density():
+    """The mean over heads may hide it."""
+    q, k, v = tensors(1, 2, 2, 1024, 1024)
+    plan = psa.plan(q, k, psa.PSAConfig(density=0.25), v=v)
+    assert plan.notes == []
+    levels = torch.full_like(plan.levels, 8)
+    levels[:, 0, :, ::4] = 1
+    uneven = dataclasses.replace(plan, levels=levels)
+    assert uneven.density < 0.25 and "no less than density 0.34" in uneven.notes[0]
+
+
+def test_a_replay_refuses_other_settings_and_other_candidates():
+    q, k, v = tensors(1, 2, 2, 512, 512)
+    state, config = psa.ProbeState(), psa.PSAConfig(density=0.2)
+    psa.plan(q, k, config, v=v, probes=state, layer="a", step=0)
+    saved = state.to_dict()
+    replay = psa.ProbeState.from_dict(saved, replay=True)
+    psa.plan(q, k, config, v=v, probes=replay, layer="a", step=0)
+    with pytest.raises(psa.PSAError, match="other settings"):
+        psa.plan(q, k, config.replace(target_error=0.1), v=v, probes=replay, layer="a", step=0)
+    resumed = psa.ProbeState.from_dict(saved)
+    psa.plan(q, k, config.replace(target_error=0.1), v=v, probes=resumed, layer="a", step=1)
+    assert ("a", 1) in resumed.probed, "what was chosen under other settings is not gone on with"
+    with pytest.raises(psa.PSAError, match="other candidates"):
+        psa.ProbeState.from_dict(saved | {"candidates": saved["candidates"][::-1]})
+
+
 # -- slope and sorted keys ---------------------------------------------------------------------------------------------
 
 
@@ -341,10 +403,15 @@ def test_drift_ends_a_choice_early_and_calls_without_a_step_always_probe():
     assert len(attention.probe_state.history) == 5 and bool(plan.error.isfinite().all())
 
 
-@pytest.mark.parametrize("data", [{}, {"choices": [{}], "probed": []}, {"choices": [], "probed": [3]}])
-def test_a_broken_state_is_an_error(data, tmp_path):
+@pytest.mark.parametrize("damage", [{"choices": [{}]}, {"probed": [3]}, {"settings": []}, {"candidates": None}])
+def test_a_broken_state_is_an_error(damage, tmp_path):
+    q, k, v = tensors(1, 2, 2, 512, 512)
+    state = psa.ProbeState()
+    psa.plan(q, k, psa.PSAConfig(density=0.2), v=v, probes=state, layer="a", step=0)
     with pytest.raises(PSAError):
-        psa.ProbeState.from_dict(data)
+        psa.ProbeState.from_dict(state.to_dict() | damage)
+    with pytest.raises(PSAError, match="not a saved probe state"):
+        psa.ProbeState.from_dict({})
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(PSAError, match=r"x\.json"):
         psa.ProbeState.load(tmp_path / "x.json")

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .allocate import BlockMask
-from .candidates import CAPS, VARIANTS, Candidate, Choice, candidates, constant, levels_of, levels_of_all
+from .candidates import (
+    CANDIDATES,
+    CAPS,
+    VARIANTS,
+    Candidate,
+    Choice,
+    candidates,
+    constant,
+    levels_of,
+    levels_of_all,
+    table,
+)
 from .config import PSAConfig
 from .probe import Rows, Scored, row_errors, sample_rows
 
@@ -25,9 +36,10 @@ CORRECTIONS = (2, 3)
 MISSED = 1.1
 """A head whose measured error is more than so many times ``target_error`` runs dense."""
 FINE_HANDICAP = 1.1
-"""Factor on the squared error of finer importance: what its time, spent on density instead, would gain."""
+"""Factor on the squared error of finer importance. Its time, spent on density instead, would gain more on average; but
+the heads that gain by it err most, in rows that few probes see."""
 TINY = torch.finfo(torch.float32).tiny
-LADDER = (1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
+LADDER = (1 / 128, 1 / 64, 1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
 """Densities at which error curves are measured."""
 
 
@@ -50,8 +62,9 @@ class Layer:
     device_levels: Callable[..., Tensor] | None = None
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
-    def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor]:
-        """Squared errors [B, H, S, C, K, 2] and the exact output's squared norms [B, H, S], see :func:`row_errors`."""
+    def errors(self, rows: Rows, scored: Scored) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors [B, H, S, C, K, 2], the exact output's squared norms [B, H, S] and their unit [B, H], see
+        :func:`row_errors`."""
         assert self.v is not None
         return row_errors(
             self.q,
@@ -77,24 +90,21 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
         levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
         the choice, with the error that fresh probes measured (the given one's, where a choice was given).
     """
-    target, several = layer.config.target_error, len(ladder(layer.config)) > 1
-    probing = given is None and layer.v is not None
-    choice, curve = given, None
-    if probing:
+    target, choice, curve = layer.config.target_error, given, None
+    if given is None and layer.v is not None:
         choice, curve = choose(layer)
     if choice is None:
-        first = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
-        unknown = first + torch.nan
-        choice = Choice(first.long(), first + float(layer.config.density or 1.0), unknown, unknown)
-    levels, shares = lay_out(layer, choice)
-    if probing and several:
+        choice = unmeasured(layer)
+    finer = None if curve is None else finer_where(layer, curve.fine)
+    levels, shares = lay_out(layer, choice, finer)
+    if curve is not None:
         error, spread = measure(layer, levels, shares, choice, salt=1)
-        if target is not None and curve is not None:
+        if target is not None:
             aim = torch.full_like(error, target)
             for salt in CORRECTIONS:
                 aim = aim / (error / target).clamp(min=1.0)
                 choice = curve.meeting(aim)
-                levels, shares = lay_out(layer, choice)
+                levels, shares = lay_out(layer, choice, finer)
                 error, spread = measure(layer, levels, shares, choice, salt)
         choice = Choice(choice.candidate, choice.density, error, spread)
         if target is not None:
@@ -111,11 +121,28 @@ def _dense_where(missed: Tensor, layer: Layer, levels: Tensor, shares: Tensor) -
     return torch.where(missed, exact, levels), shares.masked_fill(missed, 0.0)
 
 
-def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Levels, and the shares of the slope correction, that a choice means for every head."""
-    importance, wanted = layer.importance, choice.fine
-    if layer.finer is not None and (wanted.device.type != "cpu" or bool(wanted.any())):
-        importance = torch.where(wanted[..., None, None], layer.finer(wanted=wanted), importance)
+def unmeasured(layer: Layer) -> Choice:
+    """The first candidate that is allowed, for every head of a plan made without v."""
+    zero = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
+    first = next(n for n, c in enumerate(candidates(layer.config)) if handicap(c, layer) < BARRED)
+    unknown = zero + torch.nan
+    return Choice(zero.long() + first, zero + float(layer.config.density or 1.0), unknown, unknown)
+
+
+def finer_where(layer: Layer, wanted: Tensor) -> Tensor | None:
+    """Importance [B, H, M, N] pooled half as coarsely, for the heads that want it (bool [B, H]); None if none does."""
+    if layer.finer is None or (wanted.device.type == "cpu" and not bool(wanted.any())):
+        return None
+    return layer.finer(wanted=wanted)
+
+
+def lay_out(layer: Layer, choice: Choice, finer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Levels, and the shares of the slope correction, that a choice means for every head. ``finer``: importance of
+    :func:`finer_where`, where it has been estimated already."""
+    importance = layer.importance
+    finer = finer_where(layer, choice.fine) if finer is None else finer
+    if finer is not None:
+        importance = torch.where(choice.fine[..., None, None], finer, importance)
     if layer.device_levels is None:
         levels = levels_of(choice, importance, layer.mask, layer.cap, layer.config)
     else:
@@ -132,9 +159,14 @@ def slope_shares(importance: Tensor, levels: Tensor, wanted: Tensor | None = Non
     return rows.to(torch.float16)
 
 
+def needs_curve(config: PSAConfig) -> bool:
+    """Whether the density has to be found on a curve of errors: for a target or a shared budget."""
+    return config.target_error is not None or config.share_heads
+
+
 def ladder(config: PSAConfig) -> tuple[float, ...]:
-    """The densities that have to be probed: the budget alone, or a curve for a target or a shared budget."""
-    if config.target_error is None and not config.share_heads:
+    """The densities that have to be probed: the budget alone, or those of a curve."""
+    if not needs_curve(config):
         return (float(config.density or config.max_density),)
     top = config.max_density if config.density is None else 1.0
     return (*(d for d in LADDER if 1.0 / config.max_level <= d < top), top)
@@ -154,6 +186,11 @@ class Curve:
         unknown = torch.full_like(density, torch.nan)
         return Choice(self.candidates.gather(-1, nearest).squeeze(-1), density, unknown, unknown)
 
+    @property
+    def fine(self) -> Tensor:
+        """Heads that want finer importance at any of the densities, bool [B, H]."""
+        return table([c.fine for c in CANDIDATES], self.candidates).any(-1)
+
     def meeting(self, target: Tensor) -> Choice:
         return self.at(smallest_density(self.errors, self.densities, target))
 
@@ -166,15 +203,16 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     measured at the density that comes out, and the curve is returned too.
     """
     config = layer.config
-    steps, tried = ladder(config), candidates(config)
-    rows = layer.sample(0, config.probe_rows if len(steps) == 1 else -(-2 * config.probe_rows // 3))
-    squared, norms = layer.errors(rows, _scored(layer, rows, steps))
+    steps, tried, single = ladder(config), candidates(config), not needs_curve(config)
+    rows = layer.sample(0, config.probe_rows if single else -(-2 * config.probe_rows // 3))
+    squared, norms, unit = layer.errors(rows, _scored(layer, rows, steps))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
     factors = constant(tuple(handicap(c, layer) for c in tried), squared.device)
-    best = lambda errors: (errors.sum(2) * factors).argmin(dim=-1)  # noqa: E731
+    barred = factors >= BARRED  # whatever its error, even none
+    best = lambda errors: (errors.sum(2) * factors).masked_fill(barred, torch.inf).argmin(dim=-1)  # noqa: E731
     winner = best(squared)
     densities = constant(steps, squared.device)
-    if len(steps) == 1:
+    if single:
         density = torch.zeros_like(norms[:, :, 0]) + steps[0]
         crosswise = torch.empty_like(norms)
         for half in (slice(0, None, 2), slice(1, None, 2)):
@@ -190,6 +228,7 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     curve = Curve(densities, (total / norm[..., None].clamp(min=TINY)).sqrt(), winner)
     if config.target_error is not None:
         return curve.meeting(torch.full_like(norm, config.target_error)), curve
+    total = total * (unit / unit.amax(1, keepdim=True)).square()[..., None]  # heads in one unit
     return curve.at(shared_densities(total, densities, float(config.density or config.max_density))), curve
 
 
@@ -217,7 +256,7 @@ def measure(layer: Layer, levels: Tensor, shares: Tensor, choice: Choice, salt: 
     """The relative error of the plan itself on rows of its own (by ``salt``), and its spread, [B, H]."""
     rows = layer.sample(salt, layer.config.probe_rows)
     scored = Scored(_rows_of(levels, rows)[:, :, :, None], _rows_of(shares, rows)[:, :, :, None], CAPS)
-    squared, norms = layer.errors(rows, scored)
+    squared, norms, _ = layer.errors(rows, scored)
     cap = choice.cap[..., None, None].expand(*squared.shape[:3], 1)
     return error_and_spread(squared[:, :, :, 0, :, 0].gather(-1, cap).squeeze(-1), norms)
 
@@ -248,8 +287,7 @@ def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: 
     bisection.
     """
     log_d = densities.log()
-    grid = torch.linspace(float(LADDER[0] if len(densities) < 2 else 0), 1, points, device=squared.device)
-    x = log_d[0] + grid * (log_d[-1] - log_d[0])
+    x = log_d[0] + torch.linspace(0, 1, points, device=squared.device) * (log_d[-1] - log_d[0])
     right = torch.searchsorted(log_d, x.contiguous()).clamp(1, len(densities) - 1)
     part = ((x - log_d[right - 1]) / (log_d[right] - log_d[right - 1])).clamp(0, 1)
     curve = squared.clamp(min=1e-20).flip(-1).cummax(-1).values.flip(-1).log()

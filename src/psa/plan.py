@@ -156,12 +156,13 @@ class Plan:
             if missed and config.target_error is not None:
                 text = f"{missed} of {heads} heads cannot meet error {config.target_error:g}"
                 notes.append(f"{text} below density {config.max_density:g} and run dense")
-        if config.density is not None and self.density > config.density * 1.02:
+        kept = self.density if config.share_heads else float(self.density_per_head.max())
+        if config.density is not None and kept > config.density * 1.02:
             rest = f", above the {config.density:g} asked for"
             if self.pinned_density > config.density:
                 notes.append(f"pinned blocks alone take density {self.pinned_density:.3f}{rest}")
             else:
-                notes.append(f"pins and caps allow no less than density {self.density:.3f}{rest}")
+                notes.append(f"pins and caps allow no less than density {kept:.3f}{rest}")
         return notes
 
     def histogram(self) -> dict[int, float]:

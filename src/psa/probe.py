@@ -82,14 +82,14 @@ def row_errors(
     scale: float,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors of every selection on the sampled rows, and the squared norm of the exact outputs.
 
     q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
 
-    Returns, in units of the head's largest value:
-        errors float32 [B, H, S, C, K, 2], by cap, with the slope correction and without, and norms float32 [B, H, S];
-        sums over the R rows of a query block.
+    Returns:
+        errors float32 [B, H, S, C, K, 2], by cap, with the slope correction and without, and norms float32 [B, H, S],
+        sums over the R rows of a query block in units of the head's largest value; and that unit, float32 [B, H].
     """
     groups = q.shape[1] // k.shape[1]
     power = mean_square(q)
@@ -108,8 +108,8 @@ def row_errors(
         of_group = partial(_group_errors, mask=None if key_mask is None else key_mask[b : b + 1], **call)
         shared = (x.unflatten(0, (-1, groups)) for x in (rows.rows, q[b], power[b], scored.levels[b], scored.shares[b]))
         results.append(_over_heads(of_group, (k[b], v[b], *shared), together))
-    errors, norms = (torch.stack([x.flatten(0, 1) for x in parts]) for parts in zip(*results, strict=True))
-    return errors, norms
+    errors, norms, unit = (torch.stack([x.flatten(0, 1) for x in parts]) for parts in zip(*results, strict=True))
+    return errors, norms, unit
 
 
 def _over_heads(function: Callable[..., Any], inputs: tuple[Tensor, ...], together: int) -> tuple[Tensor, ...]:
@@ -135,9 +135,9 @@ def _group_errors(
     caps: tuple[float, ...],
     step: int,
     shift: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`row_errors` for one KV head, k, v [Lk, D], and the G query heads that share it: errors [G, S, C, K, 2],
-    norms [G, S]. ``step`` query blocks at a time; causal attention sees key j from query i where j <= i + ``shift``."""
+    norms [G, S], unit [G]. ``step`` query blocks at a time; causal attention sees key j from query i where j <= i + ``shift``."""
     pyramid = _Pyramid(k[None, None], v[None, None], block_n, mask)
     every = []
     for head in range(q.shape[0]):
@@ -149,7 +149,7 @@ def _group_errors(
         ]
         every.append([torch.cat(found) for found in zip(*done, strict=True)])
     errors, norms = (torch.stack(found) for found in zip(*every, strict=True))
-    return errors, norms
+    return errors, norms, pyramid.top.expand(q.shape[0])
 
 
 def _part_errors(

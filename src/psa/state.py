@@ -17,6 +17,8 @@ from .plan import Plan
 
 FACTS, CONCENTRATION = 5, 4
 """Columns of a choice, and the one that holds the importance's concentration."""
+_NAMES = [candidate.name for candidate in CANDIDATES]
+"""What the numbers of a saved choice stand for."""
 
 
 @dataclass
@@ -54,12 +56,14 @@ class ProbeState:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
-    A replaying state never probes; a (layer, step) it does not know is an error.
+    A replaying state never probes; a (layer, step) it does not know, or other settings than it was recorded with, is an
+    error.
     """
 
     def __init__(self, *, replay: bool = False) -> None:
         self.replay = replay
         self.history: dict[tuple[str, int], Tensor] = {}
+        self.settings: dict[tuple[str, int], str] = {}
         self.probed: list[tuple[str, int]] = []
         self._last: dict[str, _Entry] = {}
 
@@ -73,11 +77,13 @@ class ProbeState:
             if choice.shape[:2] != q.shape[:2]:
                 shapes = f"{list(choice.shape[:2])}, not {list(q.shape[:2])}"
                 raise PSAError(f"replay: layer {key[0]!r} was recorded with [batch, heads] = {shapes}")
+            if self.settings[key] != config.key:
+                raise PSAError(f"replay: layer {key[0]!r} was recorded with other settings: {self.settings[key]}")
             return choice.to(q.device)
         last = self._last.get(key[0])
         if last is None or not 0 <= step - last.step < config.probe_every or last.choice.shape[:2] != q.shape[:2]:
             return None
-        if last.settings not in ("", config.key):
+        if last.settings != config.key:
             return None
         if last.moved is None:
             last.moved = float(last.change())
@@ -96,7 +102,7 @@ class ProbeState:
     def clear(self) -> None:
         """Forgets everything, for a new run; a replaying state keeps what it repeats."""
         if not self.replay:
-            self.history, self.probed, self._last = {}, [], {}
+            self.history, self.settings, self.probed, self._last = {}, {}, [], {}
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None) -> None:
         """Remembers what a plan chose. ``reused`` is what :meth:`choice` gave for it."""
@@ -104,15 +110,22 @@ class ProbeState:
             return
         name, _ = key = _key(layer, step)
         if reused is None:
-            settings = "" if plan.config is None else plan.config.key
-            self._last[name] = _Entry(step, settings, plan.choice, plan.choice[..., CONCENTRATION])
+            assert plan.config is not None  # as of every plan with a choice
+            self._last[name] = _Entry(step, plan.config.key, plan.choice, plan.choice[..., CONCENTRATION])
             if key in self.history:
                 self.probed = [other for other in self.probed if other != key]
             self.probed.append(key)
         else:
             last = self._last[name]
             last.latest, last.moved = plan.choice[..., CONCENTRATION], None
-        self.history[key] = self._last[name].choice
+        self.history[key], self.settings[key] = self._last[name].choice, self._last[name].settings
+
+    def add(self, other: "ProbeState", prefix: str = "") -> None:
+        """Takes over what another state recorded of layers whose names begin with ``prefix``."""
+        some = {key: choice for key, choice in other.history.items() if key[0].startswith(prefix)}
+        self.history |= some
+        self.settings |= {key: other.settings[key] for key in some}
+        self.probed += [key for key in other.probed if key in some]
 
     def stats(self) -> list[dict[str, Any]]:
         """One row per layer and step: how many heads chose each setting, mean density asked for, mean and worst
@@ -126,30 +139,44 @@ class ProbeState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; float32 values survive exactly. NaN, where nothing was measured, becomes None."""
-        used: dict[tuple[str, int], tuple[Tensor, list[int]]] = {}
+        used: dict[tuple[str, int], tuple[Tensor, str, list[int]]] = {}
         for (layer, step), choice in self.history.items():
-            used.setdefault((layer, id(choice)), (choice, []))[1].append(step)
+            settings = self.settings[layer, step]
+            used.setdefault((layer, id(choice)), (choice, settings, []))[2].append(step)
+        settings = list(dict.fromkeys(self.settings.values()))
         choices = [
-            {"layer": layer, "steps": steps, "shape": list(choice.shape), "values": _plain(choice)}
-            for (layer, _), (choice, steps) in used.items()
+            {
+                "layer": layer,
+                "steps": steps,
+                "settings": settings.index(key),
+                "shape": list(choice.shape),
+                "values": _plain(choice),
+            }
+            for (layer, _), (choice, key, steps) in used.items()
         ]
-        return {"choices": choices, "probed": [list(key) for key in self.probed]}
+        probed = [list(key) for key in self.probed]
+        return {"candidates": _NAMES, "settings": settings, "choices": choices, "probed": probed}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, replay: bool = False) -> "ProbeState":
         """Reads what :meth:`to_dict` wrote; a state that does not replay goes on from each layer's last step."""
         state = cls(replay=replay)
         try:
+            if data["candidates"] != _NAMES:
+                raise PSAError("the saved choices are among other candidates than this version's; probe again")
             for item in data["choices"]:
                 values = [math.nan if value is None else value for value in item["values"]]
                 choice = torch.tensor(values, dtype=torch.float32).view(*item["shape"][:2], FACTS)
-                state.history |= {_key(item["layer"], step): choice for step in item["steps"]}
+                keys = [_key(item["layer"], step) for step in item["steps"]]
+                state.history |= dict.fromkeys(keys, choice)
+                state.settings |= dict.fromkeys(keys, data["settings"][item["settings"]])
             state.probed = [_key(*item) for item in data["probed"]]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
         for key in state.probed:
             if key in state.history:
-                state._last[key[0]] = _Entry(key[1], "", state.history[key], state.history[key][..., CONCENTRATION])
+                choice = state.history[key]
+                state._last[key[0]] = _Entry(key[1], state.settings[key], choice, choice[..., CONCENTRATION])
         return state
 
     def save(self, path: str | Path) -> None:

@@ -151,8 +151,7 @@ class Handle:
         """What the automatic mode chose in the last run: ``.save(path)``, then ``psa.enable(..., replay=path)``."""
         state = ProbeState()
         for session in self._of_this_run():
-            state.history |= session.probes.history
-            state.probed += session.probes.probed
+            state.add(session.probes)
         return state
 
     def _of_this_run(self) -> list[Session]:
@@ -222,8 +221,7 @@ def _replaying(given: ProbeState | str | Path | None, settings: PSAConfig, part:
         raise ConfigError(f"replay: only the automatic mode makes choices, not {settings.mask_mode!r}")
     state = given if isinstance(given, ProbeState) else ProbeState.load(given)
     replaying = ProbeState(replay=True)
-    replaying.history = {key: choice for key, choice in state.history.items() if key[0].startswith(f"{part}.")}
-    replaying.probed = [key for key in state.probed if key in replaying.history]
+    replaying.add(state, f"{part}.")
     return replaying
 
 
