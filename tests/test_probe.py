@@ -254,7 +254,7 @@ def test_target_error_is_met_or_the_head_runs_dense():
 def test_a_bound_below_every_probed_density_runs_dense_too(max_density):
     q, k, v = tensors(1, 2, 2, 1024, 1024)
     config = psa.PSAConfig(target_error=1e-4, max_density=max_density)
-    out, plan = psa.psa_attention(q, k, v, config=config, return_plan=True)
+    plan = psa.plan(q, k, config, v=v)
     assert plan.density == 1.0 and "cannot meet" in plan.notes[0]
     easy = psa.PSAConfig(target_error=10.0, max_density=max_density)
     assert psa.plan(q, k, easy, v=v).density <= max_density * 1.02, "what any error allows is the coarsest plan"

@@ -137,7 +137,8 @@ def _group_errors(
     shift: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`row_errors` for one KV head, k, v [Lk, D], and the G query heads that share it: errors [G, S, C, K, 2],
-    norms [G, S], unit [G]. ``step`` query blocks at a time; causal attention sees key j from query i where j <= i + ``shift``."""
+    norms [G, S], unit [G]. ``step`` query blocks at a time; causal attention sees key j from query i where
+    j <= i + ``shift``."""
     pyramid = _Pyramid(k[None, None], v[None, None], block_n, mask)
     every = []
     for head in range(q.shape[0]):

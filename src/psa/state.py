@@ -169,7 +169,7 @@ class ProbeState:
                 choice = torch.tensor(values, dtype=torch.float32).view(*item["shape"][:2], FACTS)
                 keys = [_key(item["layer"], step) for step in item["steps"]]
                 state.history |= dict.fromkeys(keys, choice)
-                state.settings |= dict.fromkeys(keys, data["settings"][item["settings"]])
+                state.settings.update(dict.fromkeys(keys, str(data["settings"][item["settings"]])))
             state.probed = [_key(*item) for item in data["probed"]]
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
