@@ -130,6 +130,11 @@ def test_presets_follow_the_model(kind, section):
         assert handle.config == psa.presets.get(section, "psa_balanced")
     with psa.enable(pipe, preset="Wan2.1_1.3b/psa_topk", density=0.5) as handle:
         assert handle.config.density == 0.5 and handle.config.block_n == 32
+    with psa.enable(pipe, preset="default") as handle:
+        assert handle.config == psa.presets.get(section)
+    for wrong in ({"density": 0.3}, {"density_schedule": [0.3]}):
+        with pytest.raises(ConfigError, match="dense attention"):
+            psa.enable(pipe, preset="baseline", **wrong)
     with psa.enable(pipe, preset="baseline") as handle:
         run(pipe, steps=1)
         assert handle.stats["sparse_calls"] == 0

@@ -1,6 +1,7 @@
 """`psa generate` and the published scripts, end to end on tiny checkpoints of the true classes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_checkpoints as tiny
@@ -101,6 +102,15 @@ def test_record_says_how_to_make_it_again(checkpoints, tmp_path):
     assert events[2].density == 1.0 > events[-2].density > 0.3
 
 
+def test_a_preset_by_default_and_at_a_density(checkpoints, tmp_path):
+    """A preset that caps levels by similarity keeps no more than the density asked for."""
+    asked = request("wan21_1.3b", checkpoints("wan21_1.3b"), preset="default", warmup_steps=0, min_queries=0)
+    assert asked.config() == section("wan21_1.3b").get().replace(warmup_steps=0)
+    assert asked.config().use_sim_mask
+    sparse = replace(asked, density=0.3, output_dir=str(tmp_path), num_inference_steps=2)
+    assert make(sparse).record["density"] == pytest.approx(0.3, rel=0.05)
+
+
 def test_a_model_psa_has_no_entry_for(checkpoints, tmp_path):
     folder = checkpoints("wan21_1.3b")
     out = str(tmp_path / "out")
@@ -128,6 +138,8 @@ def test_offload_makes_the_same_video(checkpoints, tmp_path, monkeypatch, frames
         ({"preset": "psa_balnced"}, "psa_balanced"),
         ({"model": "wan21_13b"}, "did you mean 'wan21_1.3b'"),
         ({"density": 0.0}, "density"),
+        ({"density": 0.005}, "preset that drops"),
+        ({"preset": "baseline", "density": 0.3}, "density: 0.3 was asked of dense attention"),
         ({"prompts": ()}, "prompt: empty"),
         ({"prompts": ("",)}, "prompt: empty"),
         ({"image": "missing.png"}, "image: missing.png: no such file"),

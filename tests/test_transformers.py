@@ -184,6 +184,9 @@ def test_gradients_through_a_sparse_prefill(llama):
 def test_presets_density_and_errors(llama):
     with enable_model(llama) as handle:
         assert handle.config == psa.presets.get("qwen2.5-vl", "psa_balanced")
+    for preset in ("default", "Qwen2.5_VL/default", "Qwen2.5_VL/psa_balanced"):
+        with enable_model(llama, preset=preset) as handle:
+            assert handle.config == psa.presets.get("qwen2.5-vl", "psa_balanced")
     with enable_model(llama, density=0.3) as handle:
         assert handle.config.density == 0.3 and handle.config.mask_mode == "proportional"
     with enable_model(llama, preset="psa_balanced", density=0.3) as handle:
@@ -199,6 +202,7 @@ def test_presets_density_and_errors(llama):
         {"text_length": -1},
         {"preset": "psa_balanced", "config": SPARSE},
         {"density": 2.0},
+        {"preset": "baseline", "density": 0.3},
     ):
         with pytest.raises(psa.ConfigError):
             enable_model(llama, **wrong)

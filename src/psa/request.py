@@ -91,9 +91,7 @@ class GenerateRequest:
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
         if self.known or self.preset:
-            section, _, name = (self.preset or "").rpartition("/")
-            config = presets.get(section or self.model, name or None, self.attention_config)
-            config = config if self.density is None else config.replace(density=self.density)
+            config = presets.at_density(presets.get(self.model, self.preset, self.attention_config), self.density)
         else:
             config = resolve_config(None, self.density)
         if self.warmup_steps is not None:

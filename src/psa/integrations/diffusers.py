@@ -206,12 +206,11 @@ def _settings(
     target: Any, preset: str | None, config: PSAConfig | None, density: float | None, file: str | None
 ) -> PSAConfig:
     if preset is None:
-        return resolve_config(config, density)
+        return presets.at_density(resolve_config(config, None), density)
     if config is not None:
         raise ConfigError("enable: preset and config exclude each other; give one")
-    name, _, given = preset.rpartition("/")
-    found = presets.section(name or models.section_of(target), file).get(None if given == "default" else given)
-    return found if density is None else found.replace(density=density)
+    model = "" if "/" in preset else models.section_of(target)
+    return presets.at_density(presets.get(model, preset, file), density)
 
 
 def _replaying(given: ProbeState | str | Path | None, settings: PSAConfig, part: str) -> ProbeState:
@@ -235,12 +234,14 @@ def _check(**counts: Any) -> None:
 
 def _check_schedule(schedule: Schedule) -> None:
     """Makes every density of a list once, so that a wrong one is told now."""
+    if schedule.density is not None and schedule.config.type == "dense":
+        raise ConfigError("density_schedule: there is none to follow in dense attention (such as preset 'baseline')")
     if isinstance(schedule.density, Sequence):
         if not schedule.density:
             raise ConfigError("density_schedule: an empty list")
         for density in schedule.density:
             if density is not None:
-                schedule.config.replace(density=density)
+                presets.at_density(schedule.config, density)
     elif schedule.density is not None and not callable(schedule.density):
         raise ConfigError(f"density_schedule: {schedule.density!r} is neither a list nor a function of (step, steps)")
 

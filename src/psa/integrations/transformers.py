@@ -61,7 +61,8 @@ def enable_model(
 
     Args:
         model: a transformers ``PreTrainedModel`` (4.57 or later).
-        preset: of section ``Qwen2.5_VL``; the default without ``config`` and ``density``. Dense for ``"baseline"``.
+        preset: of section ``Qwen2.5_VL``, ``"section/preset"``, or ``"default"``, which it is without ``config`` and
+            ``density``. Dense for ``"baseline"``.
         config: settings of your own, instead of a preset.
         density: share of the lower triangle to keep, proportional by importance and rank. With a preset, in its blocks
             and with its importance; with a config, as in :func:`psa.psa_attention`. Alone, it also fits the blocks to
@@ -100,14 +101,12 @@ def choose_config(
     if config is not None and preset is not None:
         raise ConfigError("preset: config and preset exclude each other; give one")
     if config is not None:
-        return resolve_config(config, density)
+        return presets.at_density(resolve_config(config, None), density)
     if preset is None and density is not None:
         return RETRIEVAL.replace(density=density)
     found = presets.get(SECTION, preset, attention_config)
-    if density is None or found.type == "dense":
-        return found
-    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent, "density": density}
-    return found.replace(**ranked, use_sim_mask=False)  # where nothing is dropped, a cap would overrule the density
+    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent}
+    return presets.at_density(found, density, **ranked, use_sim_mask=False)
 
 
 class Handle:
