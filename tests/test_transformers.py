@@ -212,6 +212,31 @@ def test_presets_density_and_errors(llama):
     assert supports(llama) and not supports(torch.nn.Linear(2, 2)) and not supports("text")
 
 
+def test_options_and_versions_are_checked(llama, monkeypatch):
+    with pytest.raises(psa.ConfigError, match="warmup_steps: no option for a model of transformers"):
+        psa.enable(llama, density=0.3, warmup_steps=5)
+    with pytest.raises(psa.BackendError, match="backend: 'trition' is unknown"):
+        psa.enable(llama, density=0.3, backend="trition")
+    monkeypatch.delattr("transformers.PreTrainedModel._can_set_attn_implementation")
+    with pytest.raises(psa.PSAError, match=r"needs transformers 4\.57 or later, this is \d"):
+        psa.enable(llama, density=0.3)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_wrapped_models(wrapper):
+    model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((2, 16, 16), after=40)
+    if wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    with psa.enable(wrapped, config=SPARSE, min_queries=32) as handle:
+        _, (plan, *_) = watched(wrapped if wrapper == "peft" else model, **inputs)
+        assert plan.text == (41, "last") and handle.stats["density"] < 0.9
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert not wrapped._forward_pre_hooks and not model._forward_pre_hooks
+
+
 def test_nested_handles_and_two_models(llama):
     other, ids = text_model("qwen2"), tokens(1, 100)
     dense, other_dense = logits(llama, input_ids=ids), logits(other, input_ids=ids)

@@ -6,7 +6,7 @@ No file, class or global setting of diffusers is changed; :meth:`Handle.disable`
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from .. import models, presets
+from ..backends import check_name
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAError
 from ..functional import resolve_config
@@ -76,6 +77,7 @@ def enable_model(
     """
     target_model = unwrap(target)
     settings = _settings(target_model, preset, config, density, attention_config)
+    check_name(backend)
     found = {name: model for name, model in _transformers(target) if any(layers(unwrap(model)))}
     if not found:
         raise PSAError(f"enable: {type(target_model).__name__} has no transformer with self-attention layers")
@@ -247,6 +249,8 @@ def _check_schedule(schedule: Schedule) -> None:
 
 
 def _indices(layers: Sequence[int], names: list[str]) -> frozenset[int]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ConfigError(f"dense_layers: {layers!r} is no list of layer indices")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -len(names) <= layer < len(names):
             raise ConfigError(f"dense_layers: {layer!r} is no index into {len(names)} layers")
