@@ -158,6 +158,12 @@ def test_the_automatic_mode_probes_every_call_and_reports_its_error(llama):
         handle.reset_stats()
         llama.generate(input_ids=ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=128)
         assert handle.stats["layers"][0]["sparse_calls"] == 2 and handle.stats["layers"][0]["error"] < 1
+    strict = psa.PSAConfig(**SMALL, target_error=1e-6, max_density=0.5)
+    with enable_model(llama, config=strict, min_queries=32) as handle:
+        logits(llama, input_ids=ids)
+        layer = handle.stats["layers"][0]
+        assert "cannot meet error 1e-06 below density 0.5 and run dense" in layer["notes"][0]
+        assert layer["settings"]["dense"] == sum(layer["settings"].values())
     with enable_model(llama, config=SPARSE.replace(mask_mode="proportional"), min_queries=32) as handle:
         logits(llama, input_ids=ids)
         assert handle.stats["layers"][0]["error"] is None

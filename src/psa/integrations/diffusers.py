@@ -24,7 +24,7 @@ from .hooks import ReadCall, attach, layers, unwrap
 from .layout import Layout, parameters
 from .processors import is_open, is_routed
 from .session import Session
-from .stats import measured, summary
+from .stats import measured, notes_of, summary
 
 
 def supports(target: object) -> bool:
@@ -130,7 +130,8 @@ class Handle:
         ``density`` is that of the sparse calls, None before the first; ``overall_density`` counts dense calls as 1.
         With the automatic mode ``choices`` has one row per probe: layer (``#1``: in the second call of its step), step,
         the last step that used it (``until``), settings with the heads that got them, density, and the relative error
-        that probes measured; ``error`` and ``worst_error`` are those of all calls, None where nothing was measured.
+        that probes measured. ``notes`` says where heads run dense, as no density meets ``target_error``. ``error`` and
+        ``worst_error`` are those of all calls, None where nothing was measured.
         """
         now = self._of_this_run()
         each = {name: s.stats.values() if s in now else {} for name, s in self.sessions.items()}
@@ -139,7 +140,13 @@ class Handle:
         del total["layers"]
         choices, errors = measured([s.probes for s in now])
         models = {name: summary(values) for name, values in each.items()}
-        return {**total, **errors, "models": models, "choices": choices}
+        probed = [(s, layer, step) for s in now for layer, step in s.probes.probed]
+        notes = [
+            f"{layer}, step {step}: {note}"
+            for s, layer, step in probed
+            for note in notes_of(s.schedule.config, s.probes.history[layer, step])
+        ]
+        return {**total, **errors, "models": models, "choices": choices, "notes": notes}
 
     @property
     def density(self) -> float | None:

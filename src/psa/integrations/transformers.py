@@ -64,7 +64,8 @@ def _inside(model: Any) -> Any:
     if "_orig_mod" in model._modules:
         return model._orig_mod
     # transformers' own models have a method of PEFT's name, for adapters that they loaded themselves.
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def enable_model(
@@ -159,10 +160,11 @@ class Handle:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """``{"density", "layers": {index: {"density", "error", "sparse_calls", "dense_calls"}}}``, over sparse calls.
+        """``{"density", "layers": {index: {"density", "error", "sparse_calls", "dense_calls", "settings", "notes"}}}``.
 
-        Reading it waits for the device. ``density`` is None before the first sparse call; ``error`` is the relative
-        error that the automatic mode measured, None in other modes.
+        Over sparse calls; reading it waits for the device. ``density`` is None before the first; ``error`` is the
+        relative error that the automatic mode measured, None in other modes. ``settings`` (with the number of heads)
+        and ``notes``, such as heads that run dense as no density meets ``target_error``, are those of the last call.
         """
         layers = {i: layer.summary() for i, layer in sorted(self.prefill.stats.items())}
         offered = sum(s.offered for s in self.prefill.stats.values())
