@@ -1,6 +1,7 @@
 """The configuration and the preset files: what they accept, what they refuse, and with which words."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -153,6 +154,19 @@ def test_a_missing_preset_or_model_names_the_nearest():
         presets.get("wan21_1.3")
 
 
+def test_a_preset_by_section_and_by_default():
+    assert presets.get("wan21_14b", "Wan2.1_1.3b/psa_topk") == presets.get("wan21_1.3b", "psa_topk")
+    assert presets.get("wan21_1.3b", "default") == presets.get("wan21_1.3b") == presets.get("", "wan21_1.3b/default")
+    assert presets.get("cogvideo_5b_lora", "default") == presets.get("cogvideo_5b", "psa_4steps")
+
+
+def test_a_density_of_dense_attention_is_refused():
+    dense = presets.get("wan21_1.3b", "baseline")
+    assert presets.at_density(dense, None) is dense
+    with pytest.raises(ConfigError, match=r"density: 0\.3 was asked of dense attention"):
+        presets.at_density(dense, 0.3)
+
+
 def test_old_files_with_attn_impl_are_read_with_one_notice(tmp_path):
     from psa.config import _notice_attn_impl
 
@@ -190,6 +204,16 @@ def test_replace_leaves_behind_what_the_new_mode_has_no_use_for():
     ranked = psa.PSAConfig(density=0.2, rank_exponent=3.0, share_heads=True)
     assert ranked.mask_mode == "proportional" and ranked.replace(target_error=0.1).rank_exponent == 0.0
     assert ranked.replace(tau=0.1).share_heads is False
+
+
+def test_the_similarity_cap_stays_behind_with_the_published_mode_it_belongs_to():
+    """Where nothing is dropped, it would keep more than the density asked for."""
+    base = presets.get("wan21_1.3b")
+    assert base.use_sim_mask and base.replace(block_m=64).use_sim_mask
+    assert not base.replace(density=0.2).use_sim_mask and not base.replace(target_error=0.1).use_sim_mask
+    assert base.replace(density=0.2, use_sim_mask=True).use_sim_mask
+    capped = psa.PSAConfig(mask_mode="proportional", use_sim_mask=True)
+    assert capped.replace(density=0.2).use_sim_mask, "given beside a density, it is meant"
 
 
 UNUSED = [
@@ -289,3 +313,19 @@ def test_the_table_of_presets_fits_80_columns(explain, monkeypatch, capsys):
     cli.list_presets(explain=explain)
     said = capsys.readouterr().out
     assert "…" not in said and "psa_balanced*" in said and "thresholdbound" in said
+
+
+def test_a_preset_with_a_target_error_is_listed_by_error(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    from psa import cli
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("Mine:\n  attention_configs: {exact: {target_error: 0.1}, kept: {density: 0.2}}\n")
+    monkeypatch.setattr(cli, "out", Console(width=80))
+    cli.list_presets("Mine", explain=True, attention_config=file)
+    assert capsys.readouterr().out.count("by error") == 2
+    cli.list_presets("Mine", attention_config=file, as_json=True)
+    described = json.loads(capsys.readouterr().out)["Mine"]
+    assert described["exact"]["explained"] == {"uniform": None, "peaked": None}
+    assert described["kept"]["explained"]["uniform"] == pytest.approx(0.2, abs=0.01)

@@ -10,7 +10,7 @@ from tiny_checkpoints import run, same
 from tiny_models import MODELS, build
 
 import psa
-from psa.errors import ConfigError, PSAError, PSAWarning, ShapeError
+from psa.errors import BackendError, ConfigError, PSAError, PSAWarning, ShapeError
 from psa.integrations.denoising import Schedule, StepReader
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -113,8 +113,26 @@ def test_dense_frames_are_read_in_full(wan, cogvideo):
         with psa.enable(pipe, density=1.0, dense_first_frames=1, dense_last_frames=1):
             exact = run(pipe, steps=1)
         same(exact, run(pipe, steps=1))
-    with psa.enable(wan, density=0.2, dense_first_frames=5), pytest.raises(ShapeError, match="5 latent frames"):
-        run(wan, steps=1)
+    calls = []
+    count = wan.transformer.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    options = {"warmup_steps": 1, "dense_first_frames": 5}
+    with psa.enable(wan, density=0.2, **options), pytest.raises(ShapeError, match="5 latent frames"):
+        run(wan, steps=2)
+    count.remove()
+    assert not calls, "told before the first layer of a dense step"
+
+
+def test_a_wrong_layout_is_told_in_the_first_dense_step(wan):
+    from psa.integrations.layout import Layout
+
+    wrong, steps = Layout((5, 12, 14), "none"), []
+    with psa.enable(wan, density=0.2, warmup_steps=1, layout=wrong) as handle:
+        with pytest.raises(ShapeError, match="does not make the sequence"):
+            run(wan, steps=2)
+        steps.append(handle.step[0])
+    assert steps == [0]
+    with psa.enable(wan, density=0.2, warmup_steps=1, dense_layers=range(2), layout=wrong):
+        run(wan, steps=2)
 
 
 # -- presets ---------------------------------------------------------------------------------------------------------
@@ -130,6 +148,11 @@ def test_presets_follow_the_model(kind, section):
         assert handle.config == psa.presets.get(section, "psa_balanced")
     with psa.enable(pipe, preset="Wan2.1_1.3b/psa_topk", density=0.5) as handle:
         assert handle.config.density == 0.5 and handle.config.block_n == 32
+    with psa.enable(pipe, preset="default") as handle:
+        assert handle.config == psa.presets.get(section)
+    for wrong in ({"density": 0.3}, {"density_schedule": [0.3]}):
+        with pytest.raises(ConfigError, match="dense attention"):
+            psa.enable(pipe, preset="baseline", **wrong)
     with psa.enable(pipe, preset="baseline") as handle:
         run(pipe, steps=1)
         assert handle.stats["sparse_calls"] == 0
@@ -273,10 +296,27 @@ def test_what_cannot_be_served_is_refused():
     for options in ({"warmup_steps": -1}, {"dense_layers": [9]}, {"text_position": "middle"}, {"density": 2.0}):
         with pytest.raises(ConfigError):
             psa.enable(model, **options)
+    for options, message in (
+        ({"dense_layers": 5}, "dense_layers: 5 is no list"),
+        ({"warmup_step": 5}, "warmup_step: no option for a model of diffusers; did you mean 'warmup_steps'"),
+        ({"text_length": 5}, "text_length: no option for a model of diffusers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            psa.enable(model, **options)
+    with pytest.raises(BackendError, match="backend: 'trition' is unknown"):
+        psa.enable(model, backend="trition")
     with pytest.raises(PSAError, match="SanaLinearAttnProcessor2_0 neither"):
         psa.enable(_sana(), density=0.5)
     with pytest.raises(PSAError, match="no transformer"):
         psa.enable(tiny.make("wan21_1.3b").vae, density=0.5)
+
+
+def test_an_old_diffusers_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "psa.integrations.diffusers", None)
+    with pytest.raises(PSAError, match=r"needs diffusers 0\.36 or later, this is \d"):
+        psa.enable(build("wan")[0])
 
 
 def test_import_stays_light():

@@ -121,3 +121,12 @@ def test_semantic_orders_start_from_the_last_steps_centroids(wan, monkeypatch):
     with psa.enable(wan, config=config):
         run(wan, steps=1)
     assert len(seeded) == 3 * once, "further steps seed nothing"
+
+
+def test_stats_say_which_heads_run_dense(wan):
+    with psa.enable(wan, config=psa.PSAConfig(target_error=1e-6, max_density=0.5)) as handle:
+        run(wan, steps=1)
+        assert "step 0: 2 of 2 heads cannot meet error 1e-06" in handle.stats["notes"][0]
+    with psa.enable(wan, config=AUTO) as handle:
+        run(wan, steps=1)
+        assert handle.stats["notes"] == []

@@ -1,6 +1,8 @@
 """`psa generate` and the published scripts, end to end on tiny checkpoints of the true classes."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import tiny_checkpoints as tiny
@@ -101,6 +103,15 @@ def test_record_says_how_to_make_it_again(checkpoints, tmp_path):
     assert events[2].density == 1.0 > events[-2].density > 0.3
 
 
+def test_a_preset_by_default_and_at_a_density(checkpoints, tmp_path):
+    """A preset that caps levels by similarity keeps no more than the density asked for."""
+    asked = request("wan21_1.3b", checkpoints("wan21_1.3b"), preset="default", warmup_steps=0, min_queries=0)
+    assert asked.config() == section("wan21_1.3b").get().replace(warmup_steps=0)
+    assert asked.config().use_sim_mask
+    sparse = replace(asked, density=0.3, output_dir=str(tmp_path), num_inference_steps=2)
+    assert make(sparse).record["density"] == pytest.approx(0.3, rel=0.05)
+
+
 def test_a_model_psa_has_no_entry_for(checkpoints, tmp_path):
     folder = checkpoints("wan21_1.3b")
     out = str(tmp_path / "out")
@@ -128,6 +139,8 @@ def test_offload_makes_the_same_video(checkpoints, tmp_path, monkeypatch, frames
         ({"preset": "psa_balnced"}, "psa_balanced"),
         ({"model": "wan21_13b"}, "did you mean 'wan21_1.3b'"),
         ({"density": 0.0}, "density"),
+        ({"density": 0.005}, "preset that drops"),
+        ({"preset": "baseline", "density": 0.3}, "density: 0.3 was asked of dense attention"),
         ({"prompts": ()}, "prompt: empty"),
         ({"prompts": ("",)}, "prompt: empty"),
         ({"image": "missing.png"}, "image: missing.png: no such file"),
@@ -141,6 +154,8 @@ def test_offload_makes_the_same_video(checkpoints, tmp_path, monkeypatch, frames
         ({"device": "xpu"}, "device: 'xpu' is not available"),
         ({"context_parallel": {"ulysses": 4}}, "4 processes are needed, 1 run; start with: torchrun"),
         ({"compare": True, "dense": True}, "compare"),
+        ({"image": __file__, "model_path": None}, "image: wan21_1.3b has no image-to-video weights"),
+        ({"model": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"}, "starts from a first frame; give --image"),
     ],
 )
 def test_errors_before_any_weight_loads(changes, message, checkpoints, tmp_path, monkeypatch):
@@ -149,6 +164,24 @@ def test_errors_before_any_weight_loads(changes, message, checkpoints, tmp_path,
         generate(request("wan21_1.3b", checkpoints("wan21_1.3b"), **{"output_dir": str(tmp_path / "o"), **changes}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_packages_for_comparing_are_looked_for_before_weights_load(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("psa.generate.load", lambda request: pytest.fail("weights were loaded"))
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    asked = request("wan21_1.3b", checkpoints("wan21_1.3b"), compare=True, output_dir=str(tmp_path / "out"))
+    with pytest.raises(PSAError, match=r"skimage is needed .*pyramid-sparse-attention\[report\]"):
+        generate(asked)
+
+
+def test_a_known_model_by_its_hub_ids():
+    by_name, by_id = (GenerateRequest(m, ("a cat",)) for m in ("wan22_5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"))
+    assert by_id.known is by_name.known and by_id.config() == by_name.config()
+    assert by_id.with_defaults().height == 704 and by_id.checkpoint() == by_name.checkpoint()
+    image = GenerateRequest("wan-ai/Wan2.2-I2V-A14B-Diffusers", ("a cat",), image="first.png")
+    assert image.name == "wan22_a14b" and image.checkpoint().source == "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+    assert GenerateRequest("zai-org/CogVideoX-5b", ("a cat",)).name == "cogvideo_5b"
+    assert GenerateRequest("someone/else", ("a cat",)).known is None
 
 
 def test_missing_weights_name_the_command_that_fetches_them(monkeypatch, tmp_path):
@@ -216,6 +249,15 @@ def test_compare(checkpoints, tmp_path):
     assert 5 < facts["psnr"] < 100 and 0 < facts["ssim"] <= 1
     side = read_video(result.path.with_suffix(".compare.mp4"))
     assert side.shape == (tiny.FRAMES, 208, 448, 3)
+
+
+def test_a_comparison_that_fails_leaves_the_video(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("psa.generate.likeness", lambda a, b: 1 / 0)
+    out, steps = str(tmp_path / "out"), {"warmup_steps": 0, "num_inference_steps": 1}
+    asked = request("wan21_1.3b", checkpoints("wan21_1.3b"), density=0.3, compare=True, output_dir=out, **steps)
+    (result,) = generate(asked)
+    assert "ZeroDivisionError" in result.error and len(read_video(result.path)) == tiny.FRAMES
+    assert not result.path.with_suffix(".json").exists(), "it is made again"
 
 
 def test_what_is_compared_on_a_gpu_is_warmed_up(checkpoints, tmp_path):

@@ -158,6 +158,12 @@ def test_the_automatic_mode_probes_every_call_and_reports_its_error(llama):
         handle.reset_stats()
         llama.generate(input_ids=ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=128)
         assert handle.stats["layers"][0]["sparse_calls"] == 2 and handle.stats["layers"][0]["error"] < 1
+    strict = psa.PSAConfig(**SMALL, target_error=1e-6, max_density=0.5)
+    with enable_model(llama, config=strict, min_queries=32) as handle:
+        logits(llama, input_ids=ids)
+        layer = handle.stats["layers"][0]
+        assert "cannot meet error 1e-06 below density 0.5 and run dense" in layer["notes"][0]
+        assert layer["settings"]["dense"] == sum(layer["settings"].values())
     with enable_model(llama, config=SPARSE.replace(mask_mode="proportional"), min_queries=32) as handle:
         logits(llama, input_ids=ids)
         assert handle.stats["layers"][0]["error"] is None
@@ -184,6 +190,9 @@ def test_gradients_through_a_sparse_prefill(llama):
 def test_presets_density_and_errors(llama):
     with enable_model(llama) as handle:
         assert handle.config == psa.presets.get("qwen2.5-vl", "psa_balanced")
+    for preset in ("default", "Qwen2.5_VL/default", "Qwen2.5_VL/psa_balanced"):
+        with enable_model(llama, preset=preset) as handle:
+            assert handle.config == psa.presets.get("qwen2.5-vl", "psa_balanced")
     with enable_model(llama, density=0.3) as handle:
         assert handle.config.density == 0.3 and handle.config.mask_mode == "proportional"
     with enable_model(llama, preset="psa_balanced", density=0.3) as handle:
@@ -199,6 +208,7 @@ def test_presets_density_and_errors(llama):
         {"text_length": -1},
         {"preset": "psa_balanced", "config": SPARSE},
         {"density": 2.0},
+        {"preset": "baseline", "density": 0.3},
     ):
         with pytest.raises(psa.ConfigError):
             enable_model(llama, **wrong)
@@ -206,6 +216,31 @@ def test_presets_density_and_errors(llama):
         enable_model(torch.nn.Linear(2, 2))
     assert llama.config._attn_implementation == "sdpa"
     assert supports(llama) and not supports(torch.nn.Linear(2, 2)) and not supports("text")
+
+
+def test_options_and_versions_are_checked(llama, monkeypatch):
+    with pytest.raises(psa.ConfigError, match="warmup_steps: no option for a model of transformers"):
+        psa.enable(llama, density=0.3, warmup_steps=5)
+    with pytest.raises(psa.BackendError, match="backend: 'trition' is unknown"):
+        psa.enable(llama, density=0.3, backend="trition")
+    monkeypatch.delattr("transformers.PreTrainedModel._can_set_attn_implementation")
+    with pytest.raises(psa.PSAError, match=r"needs transformers 4\.57 or later, this is \d"):
+        psa.enable(llama, density=0.3)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_wrapped_models(wrapper):
+    model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((2, 16, 16), after=40)
+    if wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    with psa.enable(wrapped, config=SPARSE, min_queries=32) as handle:
+        _, (plan, *_) = watched(wrapped if wrapper == "peft" else model, **inputs)
+        assert plan.text == (41, "last") and handle.stats["density"] < 0.9
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert not wrapped._forward_pre_hooks and not model._forward_pre_hooks
 
 
 def test_nested_handles_and_two_models(llama):

@@ -1,6 +1,8 @@
 """Questions about images and videos: what is read, what is refused before weights load, and how answers compare."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -185,6 +187,21 @@ def test_qwen_inputs_have_one_placeholder_per_merged_patch(loaded):
     assert torch.equal(inputs["mm_token_type_ids"] == 2, inputs["input_ids"] == config.video_token_id)
     text = tokenizer.decode(inputs["input_ids"][0])
     assert text.startswith("<|im_start|>system") and text.endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("command", ["understand", "evaluate"])
+def test_without_transformers_the_commands_name_the_extra(command, pictures, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    question = {"question_id": "1", "videoID": "a", "duration": "short", "question": "?", "answer": "A"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question | {"options": ["A. a", "B. b", "C. c", "D. d"]}))
+    said = ["understand", "--input", str(pictures[0]), "--prompt", "?"]
+    argv = {"understand": said, "evaluate": ["evaluate", "video-mme", "--data", str(tmp_path)]}[command]
+    blocked = f"import sys; sys.modules['transformers'] = None; sys.argv = {['psa', *argv]}; "
+    blocked += "import psa.cli; psa.cli.main()"
+    ran = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2 and "pyramid-sparse-attention[transformers]" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_other_models_say_which_package_is_missing(tmp_path, monkeypatch):

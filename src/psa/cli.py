@@ -116,7 +116,7 @@ def _explained(section: Any) -> Table:
             continue
         ratios = config.mask_ratios or {}
         bounds = [f"{ratios[level][0]:g}–{ratios[level][1]:g}" if level in ratios else "" for level in (1, 2, 4, 8)]
-        densities = [f"{value:.3f}" for value in explain(config).values()]
+        densities = ["by error" if value is None else f"{value:.3f}" for value in explain(config).values()]
         table.add_row(name + ("*" if name == section.default else ""), str(config.mask_mode), *bounds, *densities)
     return table
 
@@ -142,9 +142,10 @@ def inspect(
     from .inspect import inspect as run
     from .inspect import load_qkv
 
-    if preset and not model:
-        raise PSAError("--preset: say of which model with --model")
-    config = resolve_config(presets.get(model, preset, attention_config) if model else None, density)
+    if preset and not model and "/" not in preset:
+        raise PSAError("--preset: say of which model with --model, or give section/preset")
+    chosen = presets.get(model or "", preset, attention_config) if model or preset else None
+    config = presets.at_density(resolve_config(chosen, None), density)
     q, k, v, found = load_qkv(source, prefix)
     result = run(q, k, v, config, grid=grid or (None if causal else found), is_causal=causal, picture=output)
     if as_json:

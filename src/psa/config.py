@@ -147,7 +147,8 @@ class PSAConfig:
 
     def replace(self, **changes: Any) -> "PSAConfig":
         """A changed copy. Asking for ``density`` or ``target_error`` switches to auto mode, for ``tau`` to proportional
-        mode, unless told otherwise or there already."""
+        mode, unless told otherwise or there already. What belongs to a published mode stays behind, the similarity cap
+        too: where nothing is dropped, it would overrule the density."""
         if "tau" in changes and self.mask_mode != "proportional":
             changes = {"mask_mode": "proportional", **changes}
         if "target_error" in changes and self.mask_mode != "auto":
@@ -160,6 +161,8 @@ class PSAConfig:
         mode = changes.get("mask_mode", self.mask_mode)
         if mode != self.mask_mode:
             unused = {name: getattr(PSAConfig, name) for name, modes in USED_BY.items() if mode not in modes}
+            if self.mask_mode in RANKED and mode not in RANKED:
+                unused["use_sim_mask"] = False
             changes = {"slope": None, "sort_keys": None, **unused, **changes}
         if changes.get("tau") is not None or changes.get("target_error") is not None:
             changes = {"density": None, "share_heads": False, **changes}

@@ -138,7 +138,9 @@ def run(
     from .integrations import enable
 
     scene, config = parse(prompt), rivals(density)["psa"]
-    need("matplotlib", "report")
+    for module, extra in (("diffusers", "diffusers"), ("av", "diffusers"), ("matplotlib", "report")):
+        need(module, extra)
+    need("skimage.metrics", "report")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline()

@@ -157,10 +157,12 @@ def _make(pipe: Any, request: GenerateRequest, index: int, path: Path, tell: Pro
         _warm_up(pipe, request, config, index)
     frames, facts = _run(pipe, request, config, index, tell)
     record = {"request": identity(request, index), "versions": versions(), **facts}
+    fps, writes = request.fps or 16, rank() == 0 or not request.context_parallel
+    if writes:
+        write_video(path, frames, fps)
     if request.compare and config is not None:
         dense, dense_facts = _run(pipe, request, None, index, tell)
-        fps = request.fps or 16
-        if rank() == 0:
+        if writes:
             write_video(path.with_suffix(".dense.mp4"), dense, fps)
             write_video(path.with_suffix(".compare.mp4"), np.concatenate((dense, frames), axis=2), fps)
         record["compare"] = {
@@ -168,8 +170,7 @@ def _make(pipe: Any, request: GenerateRequest, index: int, path: Path, tell: Pro
             "speedup": dense_facts["seconds"] / facts["seconds"], "density": facts["density"],
             **likeness(dense, frames),
         }  # fmt: skip
-    if rank() == 0 or not request.context_parallel:
-        write_video(path, frames, request.fps or 16)
+    if writes:
         write_json(path.with_suffix(".json"), record)
     return record
 

@@ -82,6 +82,14 @@ def known(name: str) -> VideoModel:
     return MODELS[name]
 
 
+def name_at(source: str) -> str | None:
+    """The known model that a name, or a hub id of its text-to-video or image-to-video weights, stands for."""
+    if source in MODELS:
+        return source
+    asked = source.lower()
+    return next((n for n, m in MODELS.items() if asked in (m.hub_id.lower(), (m.image or "").lower())), None)
+
+
 def name_of(target: Any) -> str | None:
     """The known model that a diffusers pipeline or transformer is an instance of, by its structure; None for others."""
     transformer = getattr(target, "transformer", target)

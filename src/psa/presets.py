@@ -110,22 +110,49 @@ def section(model: str, path: str | Path | None = None) -> ModelSection:
 
 
 def get(model: str, preset: str | None = None, path: str | Path | None = None) -> PSAConfig:
-    """The settings of one preset, e.g. ``get("wan21_1.3b", "psa_topk")``."""
+    """The settings of one preset, e.g. ``get("wan21_1.3b", "psa_topk")``.
+
+    Args:
+        preset: of the model's section, ``"section/preset"`` of any, ``"default"`` or ``"section/default"``; None is the
+            model's default.
+    """
+    other, _, name = (preset or "").rpartition("/")
+    model = other or model
     found = section(model, path)
-    return found.get(preset or (SECTION_DEFAULTS.get(model) if SECTION_DEFAULTS.get(model) in found.presets else None))
+    if name in ("", "default"):
+        own = SECTION_DEFAULTS.get(model)
+        return found.get(own if own in found.presets else None)
+    return found.get(name)
 
 
-def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float]:
+def at_density(config: PSAConfig, density: float | None, **how: Any) -> PSAConfig:
+    """Settings at the density asked for, if any, and ``how`` it is to be spent.
+
+    Raises:
+        ConfigError: for dense attention, which has none to choose.
+    """
+    if density is None:
+        return config
+    if config.type == "dense":
+        raise ConfigError(f"density: {density!r} was asked of dense attention (such as preset 'baseline'); give one")
+    return config.replace(**how, density=density)
+
+
+def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float | None]:
     """The density that a preset gives on a row of ``blocks`` blocks, by the shape of the row's importance.
 
-    ``uniform``: every block matters equally. ``peaked``: importance falls as 1/rank², as in a sharp head.
+    ``uniform``: every block matters equally. ``peaked``: importance falls as 1/rank², as in a sharp head. None with
+    ``target_error``, where the density follows from the error that each head makes.
     """
     ranks = torch.arange(1, blocks + 1, dtype=torch.float32)
     rows = {"uniform": torch.ones(blocks), "peaked": ranks.pow(-2)}
-    out = {}
+    out: dict[str, float | None] = {}
     for name, row in rows.items():
         if config.type == "dense":
             out[name] = 1.0
+            continue
+        if config.target_error is not None:
+            out[name] = None
             continue
         levels = allocate_by(config, row.expand(1, 1, 8, blocks)).float()
         out[name] = float(torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0).mean())

@@ -8,8 +8,9 @@ from . import presets
 from .checkpoint import Checkpoint, lora_file
 from .config import PSAConfig, nearest
 from .errors import ConfigError, one_line
+from .extras import need
 from .functional import resolve_config
-from .models import MODELS, VideoModel
+from .models import MODELS, VideoModel, name_at
 
 DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("model", "sequential")
@@ -64,7 +65,12 @@ class GenerateRequest:
 
     @property
     def known(self) -> VideoModel | None:
-        return MODELS.get(self.model)
+        return MODELS.get(self.name)
+
+    @property
+    def name(self) -> str:
+        """Of the known model, by its name or a hub id; else what was given."""
+        return name_at(self.model) or self.model
 
     def with_defaults(self) -> "GenerateRequest":
         """The request with the model table's settings where it gives none."""
@@ -78,8 +84,17 @@ class GenerateRequest:
         return replace(self, **{name: value for name, value in table.items() if getattr(self, name) is None})
 
     def checkpoint(self) -> Checkpoint:
-        hub_id = self.known and ((self.image and self.known.image) or self.known.hub_id)
-        return Checkpoint(self.model_path or hub_id or self.model, self.known)
+        known, source = self.known, self.model
+        if known is not None:
+            source = known.image if known.image and (self.image or self.asks_for_image) else known.hub_id
+        return Checkpoint(self.model_path or source, known)
+
+    @property
+    def asks_for_image(self) -> bool:
+        """Whether the model was given by the hub id of weights that start from an image."""
+        known = self.known
+        ids = (known.hub_id.lower(), (known.image or "").lower()) if known is not None else ("", "")
+        return self.model.lower() == ids[1] != ids[0]
 
     @property
     def place(self) -> str:
@@ -91,9 +106,7 @@ class GenerateRequest:
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
         if self.known or self.preset:
-            section, _, name = (self.preset or "").rpartition("/")
-            config = presets.get(section or self.model, name or None, self.attention_config)
-            config = config if self.density is None else config.replace(density=self.density)
+            config = presets.at_density(presets.get(self.name, self.preset, self.attention_config), self.density)
         else:
             config = resolve_config(None, self.density)
         if self.warmup_steps is not None:
@@ -145,6 +158,12 @@ def check(request: GenerateRequest) -> None:
     check_device(request)
     if request.image and not Path(request.image).is_file():
         raise ConfigError(f"image: {request.image}: no such file")
+    if request.image and request.known and not request.known.image and not request.model_path:
+        raise ConfigError(
+            f"image: {request.model} has no image-to-video weights; take another model, or such weights by --model_path"
+        )
+    if request.asks_for_image and not request.image:
+        raise ConfigError(f"image: {request.model} starts from a first frame; give --image")
     if request.compare and request.dense:
         raise ConfigError("compare: compares PSA with dense; leave --dense out")
     request.config()
@@ -155,6 +174,7 @@ def check(request: GenerateRequest) -> None:
         raise ConfigError(f"{checkpoint.source}: its model_index.json names no pipeline")
     lora_file(request.lora_path, request.known.lora if request.known else None)
     check_processes(request)
+    check_packages(request)
 
 
 def check_device(request: GenerateRequest) -> None:
@@ -171,6 +191,14 @@ def check_device(request: GenerateRequest) -> None:
         raise ConfigError(
             "offload: keeps weights on the CPU until a GPU needs them, and this runs on the CPU; leave it out"
         )
+
+
+def check_packages(request: GenerateRequest) -> None:
+    """Raises now what would otherwise be raised when the video is made and cannot be written or compared."""
+    need("diffusers", "diffusers")
+    need("av", "diffusers")
+    if request.compare:
+        need("skimage.metrics", "report")
 
 
 def check_processes(request: GenerateRequest) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from . import media
@@ -230,7 +229,7 @@ def answer(
     """Answers greedily. Arguments from ``preset`` to ``min_queries`` as in :func:`psa.enable`, with ``use_psa``."""
     if max_new_tokens < 1:
         raise PSAError(f"--max_new_tokens: {max_new_tokens} is not a whole number from 1")
-    if prefill_chunk and int(transformers.__version__.split(".")[0]) < 5:
+    if prefill_chunk and int(need("transformers", "transformers").__version__.split(".")[0]) < 5:
         raise PSAError("--prefill_chunk: needs transformers 5; version 4 hands every chunk all of the pictures")
     inputs = _for_model(loaded, loaded.prepare(check_prompt(prompt), vision))
     settings = {"preset": preset, "config": config, "density": density, "attention_config": attention_config}

@@ -33,7 +33,7 @@ def check_density(density: float, max_level: int, keep_all: bool) -> None:
     if keep_all and density < 1.0 / max_level:
         raise ConfigError(
             f"density: {density!r} is below 1/{max_level}, the least without dropping; "
-            "use keep_all=False or larger blocks"
+            "ask for more, or use larger blocks, or a config or preset that drops (keep_all false)"
         )
 
 

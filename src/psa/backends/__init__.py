@@ -17,10 +17,15 @@ NAMES = ("triton", "torch", "reference")
 """In order of preference for ``backend="auto"``."""
 
 
+def check_name(name: str) -> None:
+    """Raises BackendError for a name that is neither a backend's nor ``"auto"``."""
+    if name not in ("auto", *NAMES):
+        raise BackendError(f"backend: {name!r} is unknown; valid: auto, {', '.join(NAMES)}")
+
+
 def load(name: str) -> ModuleType:
     """The backend's module. Importing one never needs its optional packages."""
-    if name not in NAMES:
-        raise BackendError(f"backend: {name!r} is unknown; valid: auto, {', '.join(NAMES)}")
+    check_name(name)
     return importlib.import_module(f".{name}", __name__)
 
 

@@ -6,7 +6,7 @@ No file, class or global setting of diffusers is changed; :meth:`Handle.disable`
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from .. import models, presets
+from ..backends import check_name
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAError
 from ..functional import resolve_config
@@ -23,7 +24,7 @@ from .hooks import ReadCall, attach, layers, unwrap
 from .layout import Layout, parameters
 from .processors import is_open, is_routed
 from .session import Session
-from .stats import measured, summary
+from .stats import measured, notes_of, summary
 
 
 def supports(target: object) -> bool:
@@ -76,6 +77,7 @@ def enable_model(
     """
     target_model = unwrap(target)
     settings = _settings(target_model, preset, config, density, attention_config)
+    check_name(backend)
     found = {name: model for name, model in _transformers(target) if any(layers(unwrap(model)))}
     if not found:
         raise PSAError(f"enable: {type(target_model).__name__} has no transformer with self-attention layers")
@@ -128,7 +130,8 @@ class Handle:
         ``density`` is that of the sparse calls, None before the first; ``overall_density`` counts dense calls as 1.
         With the automatic mode ``choices`` has one row per probe: layer (``#1``: in the second call of its step), step,
         the last step that used it (``until``), settings with the heads that got them, density, and the relative error
-        that probes measured; ``error`` and ``worst_error`` are those of all calls, None where nothing was measured.
+        that probes measured. ``notes`` says where heads run dense, as no density meets ``target_error``. ``error`` and
+        ``worst_error`` are those of all calls, None where nothing was measured.
         """
         now = self._of_this_run()
         each = {name: s.stats.values() if s in now else {} for name, s in self.sessions.items()}
@@ -137,7 +140,13 @@ class Handle:
         del total["layers"]
         choices, errors = measured([s.probes for s in now])
         models = {name: summary(values) for name, values in each.items()}
-        return {**total, **errors, "models": models, "choices": choices}
+        probed = [(s, layer, step) for s in now for layer, step in s.probes.probed]
+        notes = [
+            f"{layer}, step {step}: {note}"
+            for s, layer, step in probed
+            for note in notes_of(s.schedule.config, s.probes.history[layer, step])
+        ]
+        return {**total, **errors, "models": models, "choices": choices, "notes": notes}
 
     @property
     def density(self) -> float | None:
@@ -205,12 +214,11 @@ def _settings(
     target: Any, preset: str | None, config: PSAConfig | None, density: float | None, file: str | None
 ) -> PSAConfig:
     if preset is None:
-        return resolve_config(config, density)
+        return presets.at_density(resolve_config(config, None), density)
     if config is not None:
         raise ConfigError("enable: preset and config exclude each other; give one")
-    name, _, given = preset.rpartition("/")
-    found = presets.section(name or models.section_of(target), file).get(None if given == "default" else given)
-    return found if density is None else found.replace(density=density)
+    model = "" if "/" in preset else models.section_of(target)
+    return presets.at_density(presets.get(model, preset, file), density)
 
 
 def _replaying(given: ProbeState | str | Path | None, settings: PSAConfig, part: str) -> ProbeState:
@@ -233,17 +241,21 @@ def _check(**counts: Any) -> None:
 
 def _check_schedule(schedule: Schedule) -> None:
     """Makes every density of a list once, so that a wrong one is told now."""
+    if schedule.density is not None and schedule.config.type == "dense":
+        raise ConfigError("density_schedule: there is none to follow in dense attention (such as preset 'baseline')")
     if isinstance(schedule.density, Sequence):
         if not schedule.density:
             raise ConfigError("density_schedule: an empty list")
         for density in schedule.density:
             if density is not None:
-                schedule.config.replace(density=density)
+                presets.at_density(schedule.config, density)
     elif schedule.density is not None and not callable(schedule.density):
         raise ConfigError(f"density_schedule: {schedule.density!r} is neither a list nor a function of (step, steps)")
 
 
 def _indices(layers: Sequence[int], names: list[str]) -> frozenset[int]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ConfigError(f"dense_layers: {layers!r} is no list of layer indices")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -len(names) <= layer < len(names):
             raise ConfigError(f"dense_layers: {layer!r} is no index into {len(names)} layers")

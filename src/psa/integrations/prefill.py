@@ -18,6 +18,7 @@ from ..errors import BackendError
 from ..functional import psa_attention
 from ..plan import Plan
 from .masks import RealTokens, bottom_right
+from .stats import notes_of, settings_of
 
 NAME = "psa"
 TAIL = 16
@@ -42,6 +43,7 @@ class LayerStats:
     """What one layer did: calls, and the work kept and offered (query-key pairs). Tensors: read without a sync.
 
     probed, lost: pairs of calls that were probed, and those times the relative error measured (mean over heads).
+    config, choice: of the last sparse call, where the automatic mode made one.
     """
 
     sparse_calls: int = 0
@@ -50,6 +52,8 @@ class LayerStats:
     offered: float = 0.0
     probed: float = 0.0
     lost: Tensor | float = 0.0
+    config: PSAConfig | None = None
+    choice: Tensor | None = None
 
     def add(self, plan: Plan, pairs: float) -> None:
         self.sparse_calls += 1
@@ -58,6 +62,7 @@ class LayerStats:
         if plan.error is not None:
             self.lost = self.lost + plan.error.mean().double() * pairs
             self.probed += pairs
+        self.config, self.choice = plan.config, plan.choice
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -65,6 +70,8 @@ class LayerStats:
             "error": float(self.lost) / self.probed if self.probed else None,
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
+            "settings": {} if self.choice is None else settings_of(self.choice),
+            "notes": [] if self.choice is None or self.config is None else notes_of(self.config, self.choice),
         }
 
 

@@ -92,6 +92,8 @@ class Session:
         self.masks.clear()
         layout, timestep = read_layout(model, args, kwargs, self.text_position)
         self.layout = self.given_layout or layout
+        if any(self.dense_frames) and self.schedule.config.type == "psa" and not self.closed:
+            self._check_frames(self.layout)
         pipeline = self.pipeline() if self.pipeline is not None else None
         if pipeline is not None:
             self.scheduler = pipeline.scheduler
@@ -126,6 +128,8 @@ class Session:
         step = self.reader.step
         config = self.schedule.at(step, self.reader.steps, layer)
         split = 1 if parallel is None else parallel.ring_degree * parallel.ulysses_degree
+        if step < self.schedule.warmup_steps and self._sparse_later(layer) and mask is None and parallel is None:
+            (self.layout or Layout(None)).text_in(q.shape[1], self.model_name)  # what is wrong is told at once
         if config is not None and (tokens := q.shape[1] * split) <= (least := self.schedule.longest_dense(config)):
             self._tell(
                 f"calls of {tokens} tokens stay dense: up to {least}, choosing what to keep costs what it saves; "
@@ -151,6 +155,12 @@ class Session:
 
         serve = functools.partial(self._ring_chunk, itertools.count()) if ring else self._all_tokens
         return distributed_attention(q, k, v, scale, functools.partial(serve, layer, config, parallel), parallel)
+
+    def _sparse_later(self, layer: int) -> bool:
+        """Whether a layer that is dense in the first steps is meant to be sparse in others."""
+        schedule, steps = self.schedule, self.reader.steps
+        left = steps is None or steps > schedule.warmup_steps + schedule.dense_last_steps
+        return left and schedule.config.type == "psa" and layer not in schedule.dense_layers and not self.closed
 
     def _sparse(
         self,
@@ -194,15 +204,21 @@ class Session:
     def _pin_frames(self, layout: Layout, text: int) -> tuple[tuple[int, int, int], int, str, int]:
         """Grid without the dense frames, and the roll that brings last frames, text, first frames together in front."""
         first, last = self.dense_frames
-        if layout.grid is None:
-            raise ShapeError(f"{self.model_name}: dense frames need a grid, which this model does not tell")
-        t, h, w = layout.grid
-        if first + last >= t:
-            raise ShapeError(
-                f"{self.model_name}: {first} first and {last} last dense frames leave none of the {t} latent frames"
-            )
+        t, h, w = self._check_frames(layout)
         shift = last * h * w + (text if layout.text_position == "last" else 0)
         return (t - first - last, h, w), text + (first + last) * h * w, "first", shift
+
+    def _check_frames(self, layout: Layout) -> tuple[int, int, int]:
+        """The grid. Raises ShapeError where the dense frames leave nothing of it."""
+        if layout.grid is None:
+            raise ShapeError(f"{self.model_name}: dense frames need a grid, which this model does not tell")
+        (first, last), frames = self.dense_frames, layout.grid[0]
+        if first + last >= frames:
+            raise ShapeError(
+                f"{self.model_name}: {first} first and {last} last dense frames leave none of the {frames} latent "
+                "frames"
+            )
+        return layout.grid
 
     # -- over several processes --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import presets
+from ..backends import check_name
 from ..config import PSAConfig
 from ..errors import ConfigError
 from ..functional import resolve_config
@@ -42,7 +43,29 @@ def supports(model: object) -> bool:
         from transformers import PreTrainedModel
     except ImportError:
         return False
-    return isinstance(model, PreTrainedModel) and bool(_owners(model, list(_decoder_layers(model))))
+    base = unwrap(model)
+    if not isinstance(base, PreTrainedModel):
+        return False
+    if not hasattr(PreTrainedModel, "_can_set_attn_implementation"):
+        raise ImportError("no _can_set_attn_implementation")
+    return bool(_owners(base, list(_decoder_layers(base))))
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside the wrappers of torch.compile and of PEFT."""
+    while (inner := _inside(model)) is not model:
+        model = inner
+    return model
+
+
+def _inside(model: Any) -> Any:
+    if not isinstance(model, nn.Module):
+        return model
+    if "_orig_mod" in model._modules:
+        return model._orig_mod
+    # transformers' own models have a method of PEFT's name, for adapters that they loaded themselves.
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def enable_model(
@@ -60,8 +83,9 @@ def enable_model(
     """Selects causal PSA for the prefill of a model's text decoder.
 
     Args:
-        model: a transformers ``PreTrainedModel`` (4.57 or later).
-        preset: of section ``Qwen2.5_VL``; the default without ``config`` and ``density``. Dense for ``"baseline"``.
+        model: a transformers ``PreTrainedModel`` (4.57 or later), also inside torch.compile or PEFT.
+        preset: of section ``Qwen2.5_VL``, ``"section/preset"``, or ``"default"``, which it is without ``config`` and
+            ``density``. Dense for ``"baseline"``.
         config: settings of your own, instead of a preset.
         density: share of the lower triangle to keep, proportional by importance and rank. With a preset, in its blocks
             and with its importance; with a config, as in :func:`psa.psa_attention`. Alone, it also fits the blocks to
@@ -83,6 +107,7 @@ def enable_model(
     ):
         raise ConfigError(f"text_length: {text_length!r} is not a whole number from 0")
     settings = choose_config(preset, config, density, attention_config)
+    check_name(backend)
     if not supports(model):
         raise ConfigError(
             f"{type(model).__name__} has no causal layers behind transformers' attention interface; "
@@ -100,14 +125,12 @@ def choose_config(
     if config is not None and preset is not None:
         raise ConfigError("preset: config and preset exclude each other; give one")
     if config is not None:
-        return resolve_config(config, density)
+        return presets.at_density(resolve_config(config, None), density)
     if preset is None and density is not None:
         return RETRIEVAL.replace(density=density)
     found = presets.get(SECTION, preset, attention_config)
-    if density is None or found.type == "dense":
-        return found
-    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent, "density": density}
-    return found.replace(**ranked, use_sim_mask=False)  # where nothing is dropped, a cap would overrule the density
+    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent}
+    return presets.at_density(found, density, **ranked, use_sim_mask=False)
 
 
 class Handle:
@@ -116,6 +139,7 @@ class Handle:
     def __init__(self, model: Any, prefill: Prefill) -> None:
         self.model = model
         self.prefill = prefill
+        called, model = model, unwrap(model)
         decoder = list(_decoder_layers(model))
         chosen: list[Any] = decoder + (list(_vision_layers(model, decoder)) if prefill.vision else [])
         self._layers = [(module, getattr(module, "_psa", None)) for module in chosen]
@@ -126,7 +150,9 @@ class Handle:
             module._psa = Layer(prefill, index if isinstance(index, int) else i, dense or "eager")
         for owner, _ in self._owners:
             _select(owner, NAME)
-        self._hook = model.register_forward_pre_hook(TrailingText(prefill, _visual_ids(model)), with_kwargs=True)
+        # A wrapper may call the forward of its model past the hooks; reading the same call twice does no harm.
+        read, modules = TrailingText(prefill, _visual_ids(model)), {id(m): m for m in (called, model)}
+        self._hooks = [m.register_forward_pre_hook(read, with_kwargs=True) for m in modules.values()]
 
     @property
     def config(self) -> PSAConfig:
@@ -134,10 +160,11 @@ class Handle:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """``{"density", "layers": {index: {"density", "error", "sparse_calls", "dense_calls"}}}``, over sparse calls.
+        """``{"density", "layers": {index: {"density", "error", "sparse_calls", "dense_calls", "settings", "notes"}}}``.
 
-        Reading it waits for the device. ``density`` is None before the first sparse call; ``error`` is the relative
-        error that the automatic mode measured, None in other modes.
+        Over sparse calls; reading it waits for the device. ``density`` is None before the first; ``error`` is the
+        relative error that the automatic mode measured, None in other modes. ``settings`` (with the number of heads)
+        and ``notes``, such as heads that run dense as no density meets ``target_error``, are those of the last call.
         """
         layers = {i: layer.summary() for i, layer in sorted(self.prefill.stats.items())}
         offered = sum(s.offered for s in self.prefill.stats.values())
@@ -156,7 +183,8 @@ class Handle:
                 module.__dict__.pop("_psa", None)
             else:
                 module._psa = before
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._owners, self._layers = [], []
 
     def __enter__(self) -> "Handle":
