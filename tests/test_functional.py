@@ -299,6 +299,28 @@ def test_autocast_and_checkpoint():
         assert torch.equal(a, b)
 
 
+def test_the_module_takes_what_the_function_takes():
+    q, k, v = tensors(1, 2, 2)
+    for order in ("Gilbert", "semantic"):
+        module = psa.PSAAttention(FIXED, rearrange_method=order)
+        out, plan = module(q, k, v, config=None, plan=None, return_plan=True)
+        assert plan.config == module.config
+        again = module(q, k, v, plan=plan, layer="a", step=0)
+        assert torch.equal(again, out) and not module.probe_state.history
+        with pytest.raises(ConfigError, match="PSAConfig"):
+            module(q, k, v, config={"density": 0.3})
+
+
+def test_the_module_clusters_each_layer_by_itself():
+    both, alone = (psa.PSAAttention(FIXED, rearrange_method="semantic") for _ in range(2))
+    first, second = tensors(1, 2, 2, seed=0), tensors(1, 2, 2, seed=1)
+    for _ in range(2):
+        both(*first, layer="a")
+        out = both(*second, layer="b")
+        assert torch.equal(out, alone(*second, layer="b")), "layer a's centroids stay out of layer b's"
+    assert set(both.reorder_states) == {"a", "b"}
+
+
 def test_vmap_is_a_loop():
     q, k, v = (torch.stack([t, t.flip(2)]) for t in tensors(1, 2, 2))
     attention = lambda q, k, v: psa.psa_attention(q, k, v, density=0.3)  # noqa: E731
