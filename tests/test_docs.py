@@ -59,6 +59,18 @@ def test_api_pages_are_current(script):
         assert page.read_text(encoding="utf-8") == text, "run `python docs/build_api.py`"
 
 
+def test_what_errors_and_options_name_is_in_the_api_pages():
+    text = (ROOT / "docs" / "en" / "api.md").read_text(encoding="utf-8")
+    hosts = [f"psa.integrations.{host}" for host in ("diffusers", "transformers")]
+    for name in (
+        "psa.Layout",
+        "psa.PSAWarning",
+        *(f"{host}.{item}" for host in hosts for item in ("enable_model", "Handle")),
+    ):
+        assert f"\n## {name}\n" in text
+    assert issubclass(psa.PSAWarning, UserWarning) and psa.Layout((2, 3, 4)).grid == (2, 3, 4)
+
+
 def test_tables_are_rendered_from_the_result_files(script):
     render = script("benchmarks", "render")
     tables, asked = render.tables(), set()
