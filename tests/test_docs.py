@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import psa
-from psa import presets
+from psa import candidates, presets
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [
@@ -125,6 +126,29 @@ def test_every_preset_key_is_explained(language):
     keys |= {"default_attention", "text_length", "attention_configs", "attn_impl"}
     keys |= {f"video_scale.{key}" for key in presets.SCALE_KEYS}
     assert set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) == keys
+
+
+@pytest.mark.parametrize("language", [0, 1])
+def test_defaults_of_preset_keys_are_the_codes(language):
+    text = PAIRS[1][language].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `([^`]+)` \| [^|]* \|$", text, re.MULTILINE)
+    rows = [(key, yaml.safe_load(value)) for key, value in rows if hasattr(psa.PSAConfig(), key)]
+    assert len(rows) > 15
+    for key, value in rows:
+        assert getattr(psa.PSAConfig.from_dict({key: value}), key) == getattr(psa.PSAConfig(), key), key
+
+
+def test_the_candidates_of_the_automatic_mode_are_those_of_the_page():
+    text = (ROOT / "docs" / "en" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:as above|pooled half .*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    told = {
+        (float(exponent), keep, bool(fine))
+        for fine, cells in enumerate(rows)
+        for keep, cell in zip((True, False), cells, strict=True)
+        for exponent in cell.split(", ")
+    }
+    assert told == set(candidates.ALLOCATIONS)
+    assert "capped at {:g} or at {:g}:".format(*candidates.CAPS) in text
 
 
 def test_the_preset_of_ones_own_loads(tmp_path):
