@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PAIRS = [
 ENGLISH = [english for english, _ in PAIRS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNABLE = re.compile(r"(<!-- needs weights -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEED = re.compile(r"""need\("[\w.]+", "(\w+)"\)""")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -116,6 +118,21 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{name_of(page)}: {target}"
+
+
+def test_the_extras_that_pages_name_are_those_of_the_project():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for page in PAIRS[0]:
+        table = re.search(
+            r"^\| [^|]* \| (?:extras|可选依赖) \|\n(.*?)\n\n", page.read_text(encoding="utf-8"), re.M | re.S
+        )
+        assert table is not None
+        named = {name for row in table[1].splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[-1])}
+        assert named == extras.keys()
+    used = {
+        name for file in (ROOT / "src").rglob("*.py") for name in re.findall(NEED, file.read_text(encoding="utf-8"))
+    }
+    assert used <= extras.keys()
 
 
 @pytest.mark.parametrize("language", [0, 1])
