@@ -1,6 +1,7 @@
-# Two commands do everything: `make demo` and `make test`. Set-up is part of both, and always brings a CPU build of torch.
+# Two commands do everything: `make demo` and `make test`. Set-up is part of both, and always brings a CPU build of torch:
+# into an environment of its own, since `.venv` is where README puts the user's torch.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv-dev
 RUN := $(VENV)/bin
 TORCH := torch==2.13.0
 # A CPU build that lies at hand (the folder that pip's own variable names), else PyTorch's CPU index.

@@ -1,8 +1,9 @@
-"""Writes the API pages from the docstrings of what `psa` exports.
+"""Writes the API pages from the docstrings of what `psa` exports, and of what `psa.enable` leads to.
 
 python docs/build_api.py
 """
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import psa
 
 ROOT = Path(__file__).parent
+HOSTS = ("psa.integrations.diffusers", "psa.integrations.transformers")
 HEADS = {
     "en": "# API\n\nWritten from the docstrings by `python docs/build_api.py`.",
     "zh": "# API\n\n由 `python docs/build_api.py` 根据文档字符串生成;文档字符串为英文。",
@@ -50,21 +52,21 @@ def block(title: str, code: str, item: object) -> str:
     return f"{title}\n\n```text\n{code}\n\n{doc}\n```"
 
 
-def entry(name: str) -> str:
-    item = getattr(psa, name)
-    if not inspect.isclass(item):
-        return block(f"## psa.{name}", signature(name, item), item)
-    parts = [block(f"## psa.{name}", signature(name, item), item)]
-    if not issubclass(item, Exception):
+def entry(module: str, name: str) -> str:
+    item = getattr(importlib.import_module(module), name)
+    parts = [block(f"## {module}.{name}", signature(name, item), item)]
+    if inspect.isclass(item) and not issubclass(item, Exception):
         for member, value in members(item):
             code = member if isinstance(value, property) else signature(member, value)
-            parts.append(block(f"### psa.{name}.{member}", code, value))
+            parts.append(block(f"### {module}.{name}.{member}", code, value))
     return "\n\n".join(parts)
 
 
 def build() -> dict[Path, str]:
     """The text of every API page."""
-    body = "\n\n".join(entry(name) for name in psa.__all__)
+    exported = [("psa", name) for name in psa.__all__]
+    enabled = [(host, name) for host in HOSTS for name in ("enable_model", "Handle")]
+    body = "\n\n".join(entry(module, name) for module, name in exported + enabled)
     return {ROOT / language / "api.md": f"{head}\n\n{body}\n" for language, head in HEADS.items()}
 
 

@@ -2,14 +2,16 @@
 
 import re
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import psa
-from psa import presets
+from psa import candidates, presets
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [
@@ -20,6 +22,7 @@ PAIRS = [
 ENGLISH = [english for english, _ in PAIRS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNABLE = re.compile(r"(<!-- needs weights -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEED = re.compile(r"""need\("[\w.]+", "(\w+)"\)""")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -57,6 +60,18 @@ def script(monkeypatch):
 def test_api_pages_are_current(script):
     for page, text in script("docs", "build_api").build().items():
         assert page.read_text(encoding="utf-8") == text, "run `python docs/build_api.py`"
+
+
+def test_what_errors_and_options_name_is_in_the_api_pages():
+    text = (ROOT / "docs" / "en" / "api.md").read_text(encoding="utf-8")
+    hosts = [f"psa.integrations.{host}" for host in ("diffusers", "transformers")]
+    for name in (
+        "psa.Layout",
+        "psa.PSAWarning",
+        *(f"{host}.{item}" for host in hosts for item in ("enable_model", "Handle")),
+    ):
+        assert f"\n## {name}\n" in text
+    assert issubclass(psa.PSAWarning, UserWarning) and psa.Layout((2, 3, 4)).grid == (2, 3, 4)
 
 
 def test_tables_are_rendered_from_the_result_files(script):
@@ -105,6 +120,21 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{name_of(page)}: {target}"
 
 
+def test_the_extras_that_pages_name_are_those_of_the_project():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for page in PAIRS[0]:
+        table = re.search(
+            r"^\| [^|]* \| (?:extras|可选依赖) \|\n(.*?)\n\n", page.read_text(encoding="utf-8"), re.M | re.S
+        )
+        assert table is not None
+        named = {name for row in table[1].splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[-1])}
+        assert named == extras.keys()
+    used = {
+        name for file in (ROOT / "src").rglob("*.py") for name in re.findall(NEED, file.read_text(encoding="utf-8"))
+    }
+    assert used <= extras.keys()
+
+
 @pytest.mark.parametrize("language", [0, 1])
 def test_every_preset_key_is_explained(language):
     text = PAIRS[1][language].read_text(encoding="utf-8")
@@ -113,6 +143,29 @@ def test_every_preset_key_is_explained(language):
     keys |= {"default_attention", "text_length", "attention_configs", "attn_impl"}
     keys |= {f"video_scale.{key}" for key in presets.SCALE_KEYS}
     assert set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) == keys
+
+
+@pytest.mark.parametrize("language", [0, 1])
+def test_defaults_of_preset_keys_are_the_codes(language):
+    text = PAIRS[1][language].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `([^`]+)` \| [^|]* \|$", text, re.MULTILINE)
+    rows = [(key, yaml.safe_load(value)) for key, value in rows if hasattr(psa.PSAConfig(), key)]
+    assert len(rows) > 15
+    for key, value in rows:
+        assert getattr(psa.PSAConfig.from_dict({key: value}), key) == getattr(psa.PSAConfig(), key), key
+
+
+def test_the_candidates_of_the_automatic_mode_are_those_of_the_page():
+    text = (ROOT / "docs" / "en" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:as above|pooled half .*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    told = {
+        (float(exponent), keep, bool(fine))
+        for fine, cells in enumerate(rows)
+        for keep, cell in zip((True, False), cells, strict=True)
+        for exponent in cell.split(", ")
+    }
+    assert told == set(candidates.ALLOCATIONS)
+    assert "capped at {:g} or at {:g}:".format(*candidates.CAPS) in text
 
 
 def test_the_preset_of_ones_own_loads(tmp_path):

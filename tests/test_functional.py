@@ -121,8 +121,9 @@ def test_plans_are_reusable_and_return_order_is_out_lse_plan():
     out, lse, plan = psa.psa_attention(q, k, v, density=0.2, grid=(3, 10, 10), return_lse=True, return_plan=True)
     again, lse_again = psa.psa_attention(q, k, v, plan=plan, return_lse=True)
     assert torch.equal(out, again) and torch.equal(lse, lse_again) and lse.shape == q.shape[:3]
-    with pytest.raises(ConfigError, match="plan: a given plan fixes"):
-        psa.psa_attention(q, k, v, plan=plan, density=0.2)
+    for fixed in ({"density": 0.2}, {"grid": (3, 10, 10)}, {"text_length": 4}, {"text_position": "first"}):
+        with pytest.raises(ConfigError, match="plan: a given plan fixes"):
+            psa.psa_attention(q, k, v, plan=plan, **fixed)
     with pytest.raises(ConfigError, match="is_causal"):
         psa.attend(q, k, v, plan, is_causal=True)
 
@@ -214,6 +215,19 @@ def test_plans_for_other_shapes_are_refused():
             psa.Plan.from_levels(torch.full((1, 1, 3, 5), level), block_m=128, block_n=64)
 
 
+def test_a_plan_for_another_head_dim_is_refused_where_its_bias_depends_on_it():
+    q, k, _ = tensors(heads=2, kv_heads=2)
+    wide = tensors(heads=2, kv_heads=2, dim=64)
+    with pytest.raises(ShapeError, match="plan: made for head_dim 32, used with q"):
+        psa.attend(*wide, psa.plan(q, k, FIXED.replace(bias="variance")))
+    assert psa.attend(*wide, psa.plan(q, k, FIXED)).shape == wide[0].shape, "levels alone fit any"
+
+
+def test_values_in_the_place_of_a_config_are_named():
+    with pytest.raises(ConfigError, match="pass v="):
+        psa.plan(*tensors(heads=2, kv_heads=2))
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     st.lists(st.integers(0, 70), min_size=3, max_size=5), st.lists(st.integers(0, 70), min_size=3, max_size=5),
@@ -283,6 +297,28 @@ def test_autocast_and_checkpoint():
     saved = torch.utils.checkpoint.checkpoint(module, q, k, v, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(saved.sum(), (q, k, v)), direct, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_module_takes_what_the_function_takes():
+    q, k, v = tensors(1, 2, 2)
+    for order in ("Gilbert", "semantic"):
+        module = psa.PSAAttention(FIXED, rearrange_method=order)
+        out, plan = module(q, k, v, config=None, plan=None, return_plan=True)
+        assert plan.config == module.config
+        again = module(q, k, v, plan=plan, layer="a", step=0)
+        assert torch.equal(again, out) and not module.probe_state.history
+        with pytest.raises(ConfigError, match="PSAConfig"):
+            module(q, k, v, config={"density": 0.3})
+
+
+def test_the_module_clusters_each_layer_by_itself():
+    both, alone = (psa.PSAAttention(FIXED, rearrange_method="semantic") for _ in range(2))
+    first, second = tensors(1, 2, 2, seed=0), tensors(1, 2, 2, seed=1)
+    for _ in range(2):
+        both(*first, layer="a")
+        out = both(*second, layer="b")
+        assert torch.equal(out, alone(*second, layer="b")), "layer a's centroids stay out of layer b's"
+    assert set(both.reorder_states) == {"a", "b"}
 
 
 def test_vmap_is_a_loop():

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from .allocate import allocate_levels, similarity_cap
 from .backends import backends
 from .config import PSAConfig
-from .errors import BackendError, ConfigError, PSAError, ShapeError
+from .errors import BackendError, ConfigError, PSAError, PSAWarning, ShapeError
 from .functional import attend, psa_attention
 from .functional import make_plan as plan
+from .integrations.layout import Layout
 from .merging import merge
 from .module import PSAAttention
 from .plan import Plan
@@ -21,9 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "ConfigError",
+    "Layout",
     "PSAAttention",
     "PSAConfig",
     "PSAError",
+    "PSAWarning",
     "Plan",
     "ProbeState",
     "ShapeError",

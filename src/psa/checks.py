@@ -111,6 +111,9 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor, is_causal: bool) -> None:
             f"plan: levels {list(plan.levels.shape)} in blocks {plan.block_m}×{plan.block_n} "
             f"(lengths {lengths[0]}, {lengths[1]}) do not fit q {list(q.shape)} and k {list(k.shape)}"
         )
+    power = plan.query_power
+    if power is not None and power.shape[-1] != q.shape[3]:
+        raise ShapeError(f"plan: made for head_dim {power.shape[-1]}, used with q {list(q.shape)}")
     if plan.levels.device != q.device:
         raise ShapeError(f"plan: on {plan.levels.device}, but q is on {q.device}; use plan.to(device)")
     check_key_mask(plan.key_mask, k)

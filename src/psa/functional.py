@@ -70,12 +70,14 @@ def psa_attention(
     if dropout_p:
         raise ConfigError(f"dropout_p: attention dropout is not supported, got {dropout_p!r}")
     call = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    fixed = (config, density, target_error, grid, key_mask, text_length or None)
     if plan is None:
         settings = resolve_config(config, density, target_error)
         tokens = {"grid": grid, "text_length": text_length, "text_position": text_position, "key_mask": key_mask}
         out, plan = plan_then_attend(q, k, v, settings, backend, **call, **tokens, return_lse=return_lse)
-    elif any(given is not None for given in (config, density, target_error, key_mask, grid)):
-        raise ConfigError("plan: a given plan fixes config, density, target_error, grid and key_mask; leave them out")
+    elif text_position != "last" or any(given is not None for given in fixed):
+        names = "config, density, target_error, grid, key_mask, text_length and text_position"
+        raise ConfigError(f"plan: a given plan fixes {names}; leave them out")
     else:
         out = attend(q, k, v, plan, **call, return_lse=return_lse, backend=backend)
     if not return_plan:
@@ -116,6 +118,8 @@ def make_plan(
         probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
             state says; without, it probes.
     """
+    if isinstance(config, Tensor):
+        raise ConfigError("config: expected a PSAConfig, got a Tensor; values go in by name, pass v=")
     settings = resolve_config(config, density, target_error)
     where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
     tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}

@@ -5,18 +5,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import PSAConfig
-from .functional import make_plan, psa_attention
+from .functional import make_plan, psa_attention, resolve_config
 from .reorder import SemanticState
 from .state import ProbeState
 
-PLANNING = ("config", "density", "grid", "text_length", "text_position", "key_mask", "target_error", "layer", "step")
+PLANNING = ("density", "target_error", "grid", "text_length", "text_position", "key_mask")
 
 
 class PSAAttention(nn.Module):
     """Holds a :class:`PSAConfig`; called like :func:`psa.psa_attention`, with the same arguments and results.
 
     In the automatic mode, ``step=`` (and ``layer=``, where one module serves several) let a call reuse what an earlier
-    step chose; without ``step`` every call probes. The choices are in ``probe_state``.
+    step chose; without ``step`` every call probes. The choices are in ``probe_state``. With the semantic and hybrid
+    orders each layer's clustering starts where its last one ended, in ``reorder_states`` by the layer's name.
 
     Args:
         config: settings of every call; default as in :func:`psa.psa_attention`.
@@ -27,21 +28,24 @@ class PSAAttention(nn.Module):
         super().__init__()
         base = PSAConfig() if config is None else config
         self.config = base.replace(**settings) if settings else base
-        self.reorder_state: SemanticState | None = None
+        self.reorder_states: dict[str, SemanticState] = {}
         self.probe_state = ProbeState()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
-        if call.get("plan") is not None:
-            return psa_attention(q, k, v, **call)
-        call = {"config": self.config, **call}
-        if call["config"].rearrange_method not in ("semantic", "hybrid") and call.get("step") is None:
-            call.pop("layer", None)
-            call.pop("step", None)
-            return psa_attention(q, k, v, **call)
+        layer, step, plan = call.pop("layer", 0), call.pop("step", None), call.pop("plan", None)
+        if plan is not None:
+            return psa_attention(q, k, v, plan=plan, **call)
+        given = call.pop("config", None)
+        config = resolve_config(self.config if given is None else given, None)
+        carries = config.rearrange_method in ("semantic", "hybrid")
+        if not carries and step is None:
+            return psa_attention(q, k, v, config=config, **call)
         planning = {name: call.pop(name) for name in PLANNING if name in call}
         shared = {name: call[name] for name in ("is_causal", "scale", "enable_gqa") if name in call}
-        plan = make_plan(q, k, v=v, **planning, **shared, state=self.reorder_state, probes=self.probe_state)
-        self.reorder_state = plan.reorder_state
+        where = {"layer": layer, "step": step, "probes": self.probe_state, "state": self.reorder_states.get(str(layer))}
+        plan = make_plan(q, k, config, v=v, **planning, **shared, **where)
+        if plan.reorder_state is not None:
+            self.reorder_states[str(layer)] = plan.reorder_state
         return psa_attention(q, k, v, plan=plan, **call)
 
     def extra_repr(self) -> str:

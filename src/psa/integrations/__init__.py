@@ -20,7 +20,8 @@ def enable(
 
     Args:
         preset: a preset of the model's section, ``"section/preset"``, or ``"default"``.
-        config: a :class:`psa.PSAConfig` instead; without either, the library's default.
+        config: a :class:`psa.PSAConfig` instead. Without preset, config and density: the automatic mode for diffusers,
+            the default preset of section ``Qwen2.5_VL`` (``psa_balanced``) for transformers.
         density: share of the work to keep, over whatever preset or config says.
         **options: see ``enable_model`` of :mod:`psa.integrations.diffusers` and :mod:`psa.integrations.transformers`.
 
