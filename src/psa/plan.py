@@ -21,6 +21,20 @@ FACTS = ("block_m", "block_n", "length_q", "length_k", "is_causal", "text")
 TENSORS = ("levels", "query_power", "bias_cap", "pair_bias", "slope", "key_mask", "choice")
 
 
+def choice_notes(config: PSAConfig, choice: Tensor) -> list[str]:
+    """What the caller should know of the automatic mode's choice [B, H, 5]. Waits for the device."""
+    notes, blind, heads = [], choice[..., 2].isnan(), choice[..., 2].numel()
+    if bool(blind.any()):
+        got = "dense attention" if config.target_error is not None else "one fixed setting"
+        text = f"no error is known for {int(blind.sum())} of {heads} heads: the plan was made without v"
+        notes.append(f"{text}, so nothing was probed and they got {got}; pass v to psa.plan")
+    missed = int(((choice[..., 1] >= 1.0) & ~blind).sum())
+    if missed and config.target_error is not None:
+        text = f"{missed} of {heads} heads cannot meet error {config.target_error:g}"
+        notes.append(f"{text} below density {config.max_density:g} and run dense")
+    return notes
+
+
 @dataclass(frozen=True)
 class Plan:
     """A selection that can be reused, inspected and saved. Made by :func:`psa.plan` or :meth:`from_levels`.
@@ -143,19 +157,10 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What the caller should know: heads that run dense or were not measured, a density that pins exceed."""
-        config, notes = self.config, []
+        config = self.config
         if config is None:
-            return notes
-        if self.choice is not None:
-            blind, heads = self.choice[..., 2].isnan(), self.choice[..., 2].numel()
-            if bool(blind.any()):
-                got = "dense attention" if config.target_error is not None else "one fixed setting"
-                text = f"no error is known for {int(blind.sum())} of {heads} heads: the plan was made without v"
-                notes.append(f"{text}, so nothing was probed and they got {got}; pass v to psa.plan")
-            missed = int(((self.choice[..., 1] >= 1.0) & ~blind).sum())
-            if missed and config.target_error is not None:
-                text = f"{missed} of {heads} heads cannot meet error {config.target_error:g}"
-                notes.append(f"{text} below density {config.max_density:g} and run dense")
+            return []
+        notes = [] if self.choice is None else choice_notes(config, self.choice)
         kept = self.density if config.share_heads else float(self.density_per_head.max())
         if config.density is not None and kept > config.density * 1.02:
             rest = f", above the {config.density:g} asked for"

@@ -131,7 +131,7 @@ class ProbeState:
         """One row per layer and step: how many heads chose each setting, mean density asked for, mean and worst
         measured error, and whether it probed."""
         probed, read = set(self.probed), {id(choice): choice for choice in self.history.values()}
-        facts = {name: _facts(choice) for name, choice in read.items()}
+        facts = {name: choice_facts(choice) for name, choice in read.items()}
         return [
             {"layer": layer, "step": step, **facts[id(choice)], "probed": (layer, step) in probed}
             for (layer, step), choice in sorted(self.history.items())
@@ -196,7 +196,8 @@ class ProbeState:
         return cls.from_dict(data, replay=replay)
 
 
-def _facts(choice: Tensor) -> dict[str, Any]:
+def choice_facts(choice: Tensor) -> dict[str, Any]:
+    """How many heads of a choice [B, H, 5] got each setting, the mean density asked for, the mean and worst error."""
     candidates, densities, errors, *_ = choice.float().flatten(0, -2).cpu().unbind(-1)
     pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
     settings = Counter("dense" if density >= 1 else CANDIDATES[round(number)].name for number, density in pairs)

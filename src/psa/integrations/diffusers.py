@@ -18,13 +18,14 @@ from ..backends import check_name
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAError
 from ..functional import resolve_config
+from ..plan import choice_notes
 from ..state import ProbeState
 from .denoising import DensitySchedule, Schedule, StepReader
 from .hooks import ReadCall, attach, layers, unwrap
 from .layout import Layout, parameters
 from .processors import is_open, is_routed
 from .session import Session
-from .stats import measured, notes_of, summary
+from .stats import measured, summary
 
 
 def supports(target: object) -> bool:
@@ -144,7 +145,7 @@ class Handle:
         notes = [
             f"{layer}, step {step}: {note}"
             for s, layer, step in probed
-            for note in notes_of(s.schedule.config, s.probes.history[layer, step])
+            for note in choice_notes(s.schedule.config, s.probes.history[layer, step])
         ]
         return {**total, **errors, "models": models, "choices": choices, "notes": notes}
 

@@ -16,9 +16,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..config import PSAConfig
 from ..errors import BackendError
 from ..functional import psa_attention
-from ..plan import Plan
+from ..plan import Plan, choice_notes
+from ..state import choice_facts
 from .masks import RealTokens, bottom_right
-from .stats import notes_of, settings_of
 
 NAME = "psa"
 TAIL = 16
@@ -70,8 +70,8 @@ class LayerStats:
             "error": float(self.lost) / self.probed if self.probed else None,
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
-            "settings": {} if self.choice is None else settings_of(self.choice),
-            "notes": [] if self.choice is None or self.config is None else notes_of(self.config, self.choice),
+            "settings": {} if self.choice is None else choice_facts(self.choice)["settings"],
+            "notes": [] if self.choice is None or self.config is None else choice_notes(self.config, self.choice),
         }
 
 

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PSAConfig
-from ..plan import Plan
-from ..state import ProbeState, _facts
+from ..state import ProbeState
 
 Key = tuple[int, int]
 
@@ -82,14 +80,3 @@ def measured(states: list[ProbeState]) -> tuple[list[dict[str, Any]], dict[str, 
         "worst_error": max((row["worst_error"] for row in used), default=None),
     }
     return rows, errors
-
-
-def notes_of(config: PSAConfig, choice: Tensor) -> list[str]:
-    """What :attr:`psa.Plan.notes` says of a choice [B, H, 5], without the plan's levels. Reads the device."""
-    none = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
-    return Plan(none, config.block_m, config.block_n, choice=choice, config=config).notes
-
-
-def settings_of(choice: Tensor) -> dict[str, int]:
-    """How many heads got each setting."""
-    return _facts(choice)["settings"]
