@@ -51,19 +51,25 @@ def main() -> None:
     torch.set_num_threads(1)
     q, k, v, grid = layer(options.length, options.head_dim)
     fixed, auto = psa.PSAConfig(mask_mode="proportional", density=0.15), psa.PSAConfig(density=0.15)
+    target, shared = psa.PSAConfig(target_error=0.05), psa.PSAConfig(density=0.15, share_heads=True)
     state = psa.ProbeState()
     reused = psa.plan(q, k, auto, v=v, grid=grid, probes=state, step=0)
     attend = psa.attend
     parts = {
         "dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
         "probing plan": lambda: psa.plan(q, k, auto, v=v, grid=grid),
+        "probing plan for a target": lambda: psa.plan(q, k, target, v=v, grid=grid),
+        "probing plan of a shared budget": lambda: psa.plan(q, k, shared, v=v, grid=grid),
         "reusing plan": lambda: psa.plan(q, k, auto, v=v, grid=grid, probes=state, step=1),
         "fixed plan": lambda: psa.plan(q, k, fixed, grid=grid),
         "attend": lambda: attend(q, k, v, reused, backend="torch"),
         "attend without slope": lambda: attend(q, k, v, dataclasses.replace(reused, slope=None), backend="torch"),
     }
     spent = {name: seconds(call, options.repeats) for name, call in parts.items()}
-    probing = (spent["probing plan"] - spent["reusing plan"]) / spent["dense"]
+    probing, for_target, for_shared = (
+        (spent[name] - spent["reusing plan"]) / spent["dense"]
+        for name in ("probing plan", "probing plan for a target", "probing plan of a shared budget")
+    )
     row = {
         "length": options.length,
         "head_dim": options.head_dim,
@@ -71,6 +77,8 @@ def main() -> None:
         "seconds": {name: round(value, 4) for name, value in spent.items()},
         "probing": round(probing, 4),
         "amortised": round(probing / auto.probe_every, 4),
+        "for a target": round(for_target, 4),
+        "of a shared budget": round(for_shared, 4),
         "sorted keys": round((spent["reusing plan"] - spent["fixed plan"]) / spent["dense"], 4),
         "slope": round((spent["attend"] - spent["attend without slope"]) / spent["dense"], 4),
         **quality.stamp(),

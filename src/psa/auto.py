@@ -39,7 +39,7 @@ FINE_HANDICAP = 1.1
 """Factor on the squared error of finer importance. Its time, spent on density instead, would gain more on average; but
 the heads that gain by it err most, in rows that few probes see."""
 TINY = torch.finfo(torch.float32).tiny
-LADDER = (1 / 128, 1 / 64, 1 / 32, 0.05, 0.075, 0.11, 0.15, 0.21, 0.3, 0.45, 0.65)
+LADDER = (1 / 128, 1 / 64, 1 / 32, 0.06, 0.11, 0.2, 0.35, 0.65)
 """Densities at which error curves are measured."""
 
 
@@ -169,7 +169,8 @@ def ladder(config: PSAConfig) -> tuple[float, ...]:
     if not needs_curve(config):
         return (float(config.density or config.max_density),)
     top = config.max_density if config.density is None else 1.0
-    return (*(d for d in LADDER if 1.0 / config.max_level <= d < top), top)
+    below = tuple(d for d in LADDER if 1.0 / config.max_level <= d < top)
+    return below if top == 1.0 and config.target_error is not None else (*below, top)  # at density 1 nothing is wrong
 
 
 @dataclass(frozen=True)

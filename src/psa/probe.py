@@ -167,8 +167,8 @@ def _part_errors(
     position = None if shift is None else (rows + shift).flatten()[:, None]
     out = pyramid.outputs(logits, levels, bias, position)
     slope = pyramid.slope(logits, levels, shares) / pyramid.top  # squares must not overflow
-    exact = out[0][:, -1:] / pyramid.top
-    wrong = [found[:, :-1] / pyramid.top - exact for found in out]
+    *out, exact = (found / pyramid.top for found in out)
+    wrong = [found - exact for found in out]
     both = [torch.stack([(x + slope).square().sum((2, 3)), x.square().sum((2, 3))], dim=-1) for x in wrong]
     return torch.stack(both, dim=2), exact.square().sum((1, 2, 3))
 
@@ -210,18 +210,19 @@ class _Pyramid:
     def outputs(
         self, logits: Tensor, levels: Tensor, factors: list[list[Tensor]], position: Tensor | None
     ) -> list[Tensor]:
-        """For every cap, outputs of every selection, and as the last one the exact output: [S, C + 1, R, D].
+        """For every cap the outputs of every selection [S, C, R, D], and after them the exact one [S, 1, R, D].
 
         logits [S * R, keys], levels [S, C, N], factors of :meth:`variance_bias`.
         """
-        levels = functional.pad(levels, (0, 0, 0, 1), value=1)
         seen = self._hide(logits, 0, position)
         peak = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         weight = (seen - peak).exp_()
-        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        amount = (levels == 1).float()
+        tiny = torch.finfo(torch.float32).tiny
+        total = weight.sum(-1, keepdim=True).clamp(min=tiny)
+        amount = functional.pad(levels == 1, (0, 0, 0, 1), value=True).float()
         out, mass = self._sum(weight.div_(total), 0, amount), self._mass(weight, amount)
-        found = [(out.clone(), mass.clone()) for _ in factors[0]]
+        exact = out[:, -1:] / mass[:, -1:, :, None].clamp(min=tiny)
+        found = [(out[:, :-1].clone(), mass[:, :-1].clone()) for _ in factors[0]]
         shift, sums = peak + total.log(), logits if self.real is None else logits * self.counts[0]
         for e, counts in enumerate(self.counts[1:], start=1):
             sums = _pairs(sums, 1)
@@ -232,7 +233,7 @@ class _Pyramid:
                 corrected = weight * factor
                 out += self._sum(corrected, e, amount)
                 mass += self._mass(corrected, amount)
-        return [out / mass[..., None].clamp(min=torch.finfo(torch.float32).tiny) for out, mass in found]
+        return [*(out / mass[..., None].clamp(min=tiny) for out, mass in found), exact]
 
     def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
         """The slope correction of every selection, [S, C, R, D], by the logits' spread inside groups."""
@@ -265,10 +266,15 @@ class _Pyramid:
     def _sum(self, weight: Tensor, e: int, amount: Tensor) -> Tensor:
         """Σ over blocks of amount · Σ over each block's groups of weight · mean value: [S, C, R, D].
 
-        weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections.
+        weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections; for
+        few of them it is less work to scale the weights.
         """
+        weight = weight.unflatten(-1, (self.blocks, -1))
+        if amount.shape[1] * weight.shape[-1] <= 2 * self.values[e].shape[-1]:
+            scaled = weight.unflatten(0, (amount.shape[0], 1, -1)) * amount[:, :, None, :, None]
+            return scaled.flatten(3) @ self.values[e]
         values = self.values[e].unflatten(0, (self.blocks, -1))
-        piece = torch.bmm(weight.unflatten(-1, (self.blocks, -1)).transpose(0, 1), values)
+        piece = torch.bmm(weight.transpose(0, 1), values)
         piece = piece.unflatten(1, (amount.shape[0], -1)).transpose(0, 1)
         return (amount @ piece.flatten(2)).unflatten(-1, piece.shape[2:])
 
