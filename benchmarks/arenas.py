@@ -81,7 +81,7 @@ def tiny(steps: tuple[int, ...] = (1, 4, 6), seed: int = 0) -> list[Case]:
     layers = len(pipe.transformer.blocks)
     # Each step calls the model twice, with the text and without; the first of them is captured.
     wanted = [2 * layers * step + layer for step in steps for layer in range(layers)]
-    with demo.captured(lambda call: call in wanted) as kept:
+    with demo.captured(pipe.transformer, lambda call: call in wanted) as kept:
         demo.make_video(pipe, scene, seed)
     grid = (1 + (demo.FRAMES - 1) // 2, demo.HEIGHT // 8, demo.WIDTH // 8)
     return [

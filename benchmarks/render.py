@@ -150,10 +150,35 @@ def shared_table(rows: list[Row]) -> str:
 
 def cost_table(rows: list[Row]) -> str:
     latest = {(row["length"], row["head_dim"]): row for row in rows}
-    lines = ["| L, D | a call that probes | amortised over 10 steps | sorting keys | slope |", "|---" * 5 + "|"]
+    names = {
+        "probing": "a call that probes",
+        "amortised": "amortised over 10 steps",
+        "for a target": "probing for a target",
+        "of a shared budget": "probing for a shared budget",
+        "sorted keys": "sorting keys",
+        "slope": "slope",
+    }
+    lines = ["| L, D | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
     for (length, head_dim), row in sorted(latest.items()):
-        cells = [f"{row[name]:.1%}" for name in ("probing", "amortised", "sorted keys", "slope")]
+        cells = [f"{row[name]:.1%}" for name in names]
         lines.append(f"| {length}, {head_dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reuse_table(rows: list[Row]) -> str:
+    """The first step's choices at later steps: quotients of geometric means over layers and heads."""
+    lines = [
+        "| step | error ÷ with a choice of its own | worst head | error ÷ reported | layers that drift probes |",
+        "|---|---|---|---|---|",
+    ]
+    for step in sorted({row["step"] for row in rows}):
+        group = [row for row in rows if row["step"] == step]
+        own = [row["error"] / row["fresh"] for row in group]
+        told = mean([row["error"] / row["reported"] for row in group])
+        layers = {row["layer"]: row["probed by drift"] for row in group}
+        lines.append(
+            f"| {step} | {mean(own):.2f} | {max(own):.2f} | {told:.2f} | {sum(layers.values())} of {len(layers)} |"
+        )
     return "\n".join(lines)
 
 
@@ -212,6 +237,7 @@ def tables() -> dict[str, str]:
         "ablation": ablation_table(rows),
         "shared": shared_table(rows),
         "cost": cost_table(load("probe_cost")),
+        "reuse": reuse_table(load("reuse")),
         "quality-short": short_table(rows),
         "cpu-short": cpu_table([row for row in cpu if row["case"] != "flex"], ("psa native",)),
         "cpu": cpu_table(cpu),

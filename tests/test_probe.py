@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import psa
+import psa.auto
 from psa import ops
 from psa.allocate import BlockMask, allocate_levels, block_mask
-from psa.auto import error_and_spread, shared_densities, smallest_density
+from psa.auto import error_and_spread, shared_densities, smallest_density, unlike
 from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
 from psa.config import PUBLISHED_RATIOS
 from psa.errors import ConfigError, PSAError
@@ -281,6 +282,20 @@ def test_what_is_ruled_out_is_not_chosen_even_without_any_error():
     without = psa.PSAConfig(density=0.15, slope=False)
     for values in (None, torch.ones_like(v)):
         assert all("slope" not in row["setting"] for row in psa.plan(q, k, without, v=values).report)
+
+
+def test_importance_that_pooling_changes_much_is_not_trusted(monkeypatch):
+    """Whatever the probed rows say of it, short of a large difference."""
+    rows = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])[None, :, None]
+    assert unlike(rows, rows.roll(1, -1)).tolist() == [[True, False]]
+    q, k, v = tensors(1, 2, 2, 1024, 1024)
+    config = psa.PSAConfig(density=0.15)
+    assert not all("fine" in row["setting"] for row in psa.plan(q, k, config, v=v).report)
+    monkeypatch.setattr(psa.auto, "UNLIKE", -1.0)
+    monkeypatch.setattr(psa.auto, "DISTRUST", 100.0)
+    assert all("fine" in row["setting"] for row in psa.plan(q, k, config, v=v).report)
+    pooled = config.replace(importance="sampled")  # nothing is finer
+    assert not any("fine" in row["setting"] for row in psa.plan(q, k, pooled, v=v).report)
 
 
 def test_a_note_tells_of_a_single_head_above_its_density():

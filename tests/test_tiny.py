@@ -266,6 +266,15 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
     assert right["psa"]["colour"] >= 10 and right["psa"]["all"] >= right["dense"]["all"] - 3, right
 
 
+def test_captured_attention_is_the_transformers(pipe):
+    """Calls are counted from the transformer's first on; the text encoder attends to itself before."""
+    blocks = len(pipe.transformer.blocks)
+    with demo.captured(pipe.transformer, lambda call: call in (1, blocks + 1)) as kept:
+        demo.make_video(pipe, demo.PROMPT, 0, 1, width=64, height=64, frames=9)
+    assert [[x.shape[2] for x in qkv] for qkv in kept] == [[5 * 8 * 8] * 3] * 2
+    assert not torch.equal(kept[0][0], kept[1][0]), "the pass with the text, then the one without"
+
+
 def test_it_is_a_checkpoint_like_any_other(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a small red circle growing over waves\na large cyan cross moving up over checks\n")

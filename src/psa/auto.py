@@ -38,6 +38,9 @@ MISSED = 1.1
 FINE_HANDICAP = 1.1
 """Factor on the squared error of finer importance. Its time, spent on density instead, would gain more on average; but
 the heads that gain by it err most, in rows that few probes see."""
+UNLIKE, DISTRUST = 0.08, 1.5
+"""Total variation between coarse and finer importance above which a head's coarse one is distrusted, and the factor on
+its candidates' squared errors then: finer importance is nearly always better there, which few probes often miss."""
 TINY = torch.finfo(torch.float32).tiny
 LADDER = (1 / 128, 1 / 64, 1 / 32, 0.06, 0.11, 0.2, 0.35, 0.65)
 """Densities at which error curves are measured."""
@@ -206,10 +209,13 @@ def choose(layer: Layer) -> tuple[Choice, Curve | None]:
     config = layer.config
     steps, tried, single = ladder(config), candidates(config), not needs_curve(config)
     rows = layer.sample(0, config.probe_rows if single else -(-2 * config.probe_rows // 3))
-    squared, norms, unit = layer.errors(rows, _scored(layer, rows, steps))
+    coarse, fine = _sampled_importance(layer, rows)
+    squared, norms, unit = layer.errors(rows, _scored(layer, rows, steps, coarse, fine))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3).unflatten(3, (len(steps), len(tried)))
     factors = constant(tuple(handicap(c, layer) for c in tried), squared.device)
     barred = factors >= BARRED  # whatever its error, even none
+    coarsely = constant(tuple(not c.fine for c in tried), squared.device)
+    factors = torch.where(unlike(coarse, fine)[..., None] & coarsely, DISTRUST * factors, factors)[:, :, None]
     best = lambda errors: (errors.sum(2) * factors).masked_fill(barred, torch.inf).argmin(dim=-1)  # noqa: E731
     winner = best(squared)
     densities = constant(steps, squared.device)
@@ -238,6 +244,12 @@ def handicap(candidate: Candidate, layer: Layer) -> float:
     if (candidate.fine and layer.finer is None) or (candidate.slope and not layer.config.slope):
         return BARRED
     return FINE_HANDICAP if candidate.fine else 1.0
+
+
+def unlike(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Heads whose importance [B, H, S, N] differs much between the two ways of pooling, bool [B, H]."""
+    first, second = (x / x.sum(-1, keepdim=True).clamp(min=TINY) for x in (coarse, fine))
+    return 0.5 * (first - second).abs().sum(-1).mean(-1) > UNLIKE
 
 
 def error_and_spread(squared: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,11 +317,14 @@ def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: 
     return (density + spare).clamp(max=1.0)
 
 
-def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...]) -> Scored:
+def _sampled_importance(layer: Layer, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Coarse and finer importance [B, H, S, N] of the sampled query blocks; the coarse twice where none is finer."""
+    coarse = _rows_of(layer.importance, rows)
+    return coarse, coarse if layer.finer is None else layer.finer(only=rows.blocks[0])  # the same blocks in every head
+
+
+def _scored(layer: Layer, rows: Rows, ladder: tuple[float, ...], importance: Tensor, fine: Tensor) -> Scored:
     """Every candidate's levels at every density of the ladder, on the sampled query blocks."""
-    fine = importance = _rows_of(layer.importance, rows)
-    if layer.finer is not None:
-        fine = layer.finer(only=rows.blocks[0])  # the same blocks in every head
     mask = BlockMask(*(None if m is None else _rows_of(m, rows) for m in (layer.mask.visible, layer.mask.pinned)))
     every = [levels_of_all(density, importance, fine, mask, layer.cap, layer.config) for density in ladder]
     levels = torch.stack([levels for step in every for levels in step], dim=3)

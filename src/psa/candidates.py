@@ -58,8 +58,8 @@ def candidates(config: PSAConfig) -> tuple[Candidate, ...]:
 class Choice:
     """What was chosen, as tensors [B, H] so that nothing waits for the device.
 
-    candidate (index into ``CANDIDATES``), density, error (relative, measured on rows that did not take part in the
-    choice; NaN where nothing was measured), spread (standard deviation of that measurement, by how the sampled rows
+    candidate (index into ``CANDIDATES``), density, error (relative, measured crosswise or on fresh rows; NaN where
+    nothing was measured), spread (standard deviation of that measurement, by how the sampled rows
     differ; NaN too).
     """
 

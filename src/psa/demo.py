@@ -97,22 +97,38 @@ def seen(scene: Scene, frames: np.ndarray) -> dict[str, bool]:
 
 
 @contextlib.contextmanager
-def captured(wanted: Callable[[int], bool]) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Collects q, k, v ``[batch, heads, tokens, head dim]`` of the dense self-attention calls of wanted numbers."""
-    calls, kept, plain = 0, [], torch.nn.functional.scaled_dot_product_attention
+def captured(
+    transformer: torch.nn.Module, wanted: Callable[[int], bool]
+) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Collects q, k, v ``[batch, heads, tokens, head dim]`` of the dense self-attention calls of wanted numbers.
+
+    Calls are counted while the transformer runs: a text encoder has self-attention too.
+    """
+    calls, running, kept, plain = 0, False, [], torch.nn.functional.scaled_dot_product_attention
+
+    def enter(*_: Any) -> None:
+        nonlocal running
+        running = True
+
+    def leave(*_: Any) -> None:
+        nonlocal running
+        running = False
 
     def recording(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         nonlocal calls
-        if query.shape == key.shape:
+        if running and query.shape == key.shape:
             if wanted(calls):
                 kept.append(tuple(x.detach().clone() for x in (query, key, value)))
             calls += 1
         return plain(query, key, value, *args, **options)
 
+    hooks = transformer.register_forward_pre_hook(enter), transformer.register_forward_hook(leave)
     torch.nn.functional.scaled_dot_product_attention = recording
     try:
         yield kept
     finally:
+        for hook in hooks:
+            hook.remove()
         torch.nn.functional.scaled_dot_product_attention = plain
 
 
@@ -147,7 +163,7 @@ def run(
     _warm_up(config)
     blocks = len(pipe.transformer.blocks)
     middle = 2 * blocks * (steps // 2) + blocks // 2  # a middle layer at the middle step, of the pass with text
-    with captured(lambda call: call == middle) as kept:
+    with captured(pipe.transformer, lambda call: call == middle) as kept:
         began = time.perf_counter()
         dense = make_video(pipe, str(scene), seed, steps, partial(on_step, "dense"))
         seconds_dense = time.perf_counter() - began

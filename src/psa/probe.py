@@ -267,10 +267,10 @@ class _Pyramid:
         """Σ over blocks of amount · Σ over each block's groups of weight · mean value: [S, C, R, D].
 
         weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections; for
-        few of them it is less work to scale the weights.
+        one, or one and the exact one, it is less work to scale the weights.
         """
         weight = weight.unflatten(-1, (self.blocks, -1))
-        if amount.shape[1] * weight.shape[-1] <= 2 * self.values[e].shape[-1]:
+        if amount.shape[1] <= 2:
             scaled = weight.unflatten(0, (amount.shape[0], 1, -1)) * amount[:, :, None, :, None]
             return scaled.flatten(3) @ self.values[e]
         values = self.values[e].unflatten(0, (self.blocks, -1))
