@@ -162,9 +162,9 @@ def test_a_preset_by_section_and_by_default():
 
 def test_a_density_of_dense_attention_is_refused():
     dense = presets.get("wan21_1.3b", "baseline")
-    assert presets.at_density(dense, None) is dense
     with pytest.raises(ConfigError, match=r"density: 0\.3 was asked of dense attention"):
-        presets.at_density(dense, 0.3)
+        dense.replace(density=0.3)
+    assert dense.replace(type="psa", density=0.3).density == 0.3
 
 
 def test_old_files_with_attn_impl_are_read_with_one_notice(tmp_path):

@@ -422,3 +422,10 @@ def test_slope_moments_survive_large_means():
         half, _ = slope.slope_basis(k, v, 64, mask, torch.bfloat16)
         for a, b in zip(half, exact, strict=True):
             assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("asked", [{"density": 0.2}, {"target_error": 0.1}])
+def test_dense_attention_has_no_density_to_choose(asked):
+    q = torch.randn(1, 1, 64, 16)
+    with pytest.raises(psa.ConfigError, match="dense attention"):
+        psa.psa_attention(q, q, q, config=psa.PSAConfig(type="dense"), **asked)

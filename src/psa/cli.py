@@ -145,7 +145,7 @@ def inspect(
     if preset and not model and "/" not in preset:
         raise PSAError("--preset: say of which model with --model, or give section/preset")
     chosen = presets.get(model or "", preset, attention_config) if model or preset else None
-    config = presets.at_density(resolve_config(chosen, None), density)
+    config = resolve_config(chosen, density)
     q, k, v, found = load_qkv(source, prefix)
     result = run(q, k, v, config, grid=grid or (None if causal else found), is_causal=causal, picture=output)
     if as_json:

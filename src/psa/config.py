@@ -148,7 +148,15 @@ class PSAConfig:
     def replace(self, **changes: Any) -> "PSAConfig":
         """A changed copy. Asking for ``density`` or ``target_error`` switches to auto mode, for ``tau`` to proportional
         mode, unless told otherwise or there already. What belongs to a published mode stays behind, the similarity cap
-        too: where nothing is dropped, it would overrule the density."""
+        too: where nothing is dropped, it would overrule the density.
+
+        Raises:
+            ConfigError: for a density, error or tau of dense attention, which has none to choose.
+        """
+        asked = next((name for name in ("density", "target_error", "tau") if changes.get(name) is not None), None)
+        if asked is not None and changes.get("type", self.type) == "dense":
+            value = changes[asked]
+            raise ConfigError(f"{asked}: {value!r} was asked of dense attention (such as preset 'baseline'); give one")
         if "tau" in changes and self.mask_mode != "proportional":
             changes = {"mask_mode": "proportional", **changes}
         if "target_error" in changes and self.mask_mode != "auto":

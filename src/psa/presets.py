@@ -125,19 +125,6 @@ def get(model: str, preset: str | None = None, path: str | Path | None = None) -
     return found.get(name)
 
 
-def at_density(config: PSAConfig, density: float | None, **how: Any) -> PSAConfig:
-    """Settings at the density asked for, if any, and ``how`` it is to be spent.
-
-    Raises:
-        ConfigError: for dense attention, which has none to choose.
-    """
-    if density is None:
-        return config
-    if config.type == "dense":
-        raise ConfigError(f"density: {density!r} was asked of dense attention (such as preset 'baseline'); give one")
-    return config.replace(**how, density=density)
-
-
 def explain(config: PSAConfig, blocks: int = 512) -> dict[str, float | None]:
     """The density that a preset gives on a row of ``blocks`` blocks, by the shape of the row's importance.
 

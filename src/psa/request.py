@@ -106,7 +106,7 @@ class GenerateRequest:
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
         if self.known or self.preset:
-            config = presets.at_density(presets.get(self.name, self.preset, self.attention_config), self.density)
+            config = resolve_config(presets.get(self.name, self.preset, self.attention_config), self.density)
         else:
             config = resolve_config(None, self.density)
         if self.warmup_steps is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..config import PSAConfig
 from ..errors import ConfigError, PSAWarning
-from ..presets import at_density
 
 SHORT = 1536
 """Tokens up to which the automatic mode's choosing costs what it saves, or more: benchmarks/short.py."""
@@ -67,7 +66,7 @@ class Schedule:
             density = self.density(step, steps)
         else:
             density = self.density[min(step, steps - 1) * len(self.density) // steps]
-        return None if density is None else at_density(self.config, density)
+        return None if density is None else self.config.replace(density=density)
 
     def longest_dense(self, config: PSAConfig) -> int:
         """The number of tokens up to which calls with these settings stay dense."""

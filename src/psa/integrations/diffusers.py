@@ -215,11 +215,11 @@ def _settings(
     target: Any, preset: str | None, config: PSAConfig | None, density: float | None, file: str | None
 ) -> PSAConfig:
     if preset is None:
-        return presets.at_density(resolve_config(config, None), density)
+        return resolve_config(config, density)
     if config is not None:
         raise ConfigError("enable: preset and config exclude each other; give one")
     model = "" if "/" in preset else models.section_of(target)
-    return presets.at_density(presets.get(model, preset, file), density)
+    return resolve_config(presets.get(model, preset, file), density)
 
 
 def _replaying(given: ProbeState | str | Path | None, settings: PSAConfig, part: str) -> ProbeState:
@@ -249,7 +249,7 @@ def _check_schedule(schedule: Schedule) -> None:
             raise ConfigError("density_schedule: an empty list")
         for density in schedule.density:
             if density is not None:
-                presets.at_density(schedule.config, density)
+                schedule.config.replace(density=density)
     elif schedule.density is not None and not callable(schedule.density):
         raise ConfigError(f"density_schedule: {schedule.density!r} is neither a list nor a function of (step, steps)")
 

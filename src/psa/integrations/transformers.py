@@ -125,12 +125,14 @@ def choose_config(
     if config is not None and preset is not None:
         raise ConfigError("preset: config and preset exclude each other; give one")
     if config is not None:
-        return presets.at_density(resolve_config(config, None), density)
+        return resolve_config(config, density)
     if preset is None and density is not None:
         return RETRIEVAL.replace(density=density)
     found = presets.get(SECTION, preset, attention_config)
-    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent}
-    return presets.at_density(found, density, **ranked, use_sim_mask=False)
+    if density is None:
+        return found
+    ranked = {"mask_mode": "proportional", "rank_exponent": RETRIEVAL.rank_exponent, "density": density}
+    return found.replace(**ranked, use_sim_mask=False)  # where nothing is dropped, a cap would overrule the density
 
 
 class Handle:
