@@ -232,7 +232,8 @@ def test_options_and_versions_are_checked(llama, monkeypatch):
 def test_wrapped_models(wrapper):
     model, inputs = tiny_lm.qwen_vl(), tiny_lm.qwen_inputs((2, 16, 16), after=40)
     if wrapper == "peft":
-        peft = pytest.importorskip("peft")
+        import peft  # of the extra that brings the tests' tools
+
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     else:
         wrapped = torch.compile(model, backend="eager")
