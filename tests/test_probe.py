@@ -9,7 +9,7 @@ import psa
 import psa.auto
 from psa import ops
 from psa.allocate import BlockMask, allocate_levels, block_mask
-from psa.auto import error_and_spread, shared_densities, smallest_density, unlike
+from psa.auto import between, error_and_spread, shared_densities, smallest_density, unlike
 from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
 from psa.config import PUBLISHED_RATIOS
 from psa.errors import ConfigError, PSAError
@@ -70,8 +70,9 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         levels = levels.masked_fill(pairs.pinned, 1).masked_fill(~pairs.visible, 0)
         assert bool((levels > 1).any())
     share = torch.rand(shape, generator=draw).half().masked_fill(levels <= 1, 0.0)
+    cap = 0.2 + torch.rand(2, 4, generator=draw)
     corrected = psa.Plan(
-        levels, 64, 32, *lengths, causal, query_power=q.square().mean(2), bias_cap=torch.full((1, 1), 0.7),
+        levels, 64, 32, *lengths, causal, query_power=q.square().mean(2), bias_cap=cap,
         slope=share, key_mask=mask,
     )  # fmt: skip
     plain = dataclasses.replace(corrected, slope=None)
@@ -83,7 +84,7 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         last = min((m + 1) * 64, lengths[0])
         index = torch.arange(m * 64, last).expand(4, 1, -1)
         column = lambda x, m=m: x[:, :, m : m + 1, None]  # noqa: E731
-        scored = Scored(column(levels), column(share), (3.0, 0.7))
+        scored = Scored(column(levels), column(share), torch.stack([cap + 1, cap], dim=-1))
         rows = Rows(torch.full((4, 1), m), index)
         call = {"block_n": 32, "scale": 32**-0.5, "is_causal": causal, "key_mask": mask}
         squared, norms, unit = row_errors(q, k, v, rows, scored, **call)
@@ -233,11 +234,41 @@ def test_smallest_density_reads_a_curve():
     assert 0.2 < float(found[3]) < 0.4, "a curve that dips and rises again counts from its last bad density"
 
 
+def test_a_curve_that_falls_off_a_cliff_is_not_believed_between_its_points():
+    density = torch.tensor([0.1, 0.2, 0.4])
+    cliff, smooth = [0.5, 1e-9, 1e-9], [0.5, 0.25, 0.125]
+    curve = torch.tensor([[cliff, smooth]])
+    found = smallest_density(curve, density, torch.full((1, 2), 0.02))[0]
+    assert found.tolist() == pytest.approx([0.2, 1.0])
+    at = torch.tensor([0.05, 0.1, 0.14142, 0.199, 0.2, 0.9]).expand(1, 2, -1)
+    read = between(density, curve, at)[0]
+    assert read[1].tolist() == pytest.approx([0.5, 0.5, 0.35355, 0.2513, 0.25, 0.125], rel=1e-3)
+    assert read[0, :4].tolist() == pytest.approx([0.5, 0.5, 0.125, 0.5 * 1.99**-4], rel=1e-3)
+    assert read[0, 4:].tolist() == pytest.approx([1e-9, 1e-9])
+    assert float(between(density, curve.flip(-1), torch.full((1, 2, 1), 0.3))[0, 1]) > 0.25, "rising curves rise"
+
+
 def test_shared_densities_spend_the_budget_where_it_helps():
-    density = torch.tensor([0.05, 0.1, 0.2, 0.4, 1.0])
+    density = torch.tensor([0.05, 0.1, 0.2, 0.4])
     hard, easy = 1.0 / density, 0.01 / density
     found = shared_densities(torch.stack([hard, easy])[None], density, 0.2)
     assert float(found.mean()) == pytest.approx(0.2, rel=0.02) and float(found[0, 0]) > 2 * float(found[0, 1])
+
+
+def test_a_shared_budget_makes_a_head_exact_or_stops_where_errors_were_measured():
+    density = torch.tensor([0.05, 0.1, 0.2, 0.4])
+    stubborn, easy = torch.ones(4), 1e-6 / density
+    found = shared_densities(torch.stack([stubborn, easy])[None], density, 0.6)[0]
+    assert float(found[0]) == 1.0 and float(found.mean()) == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_target_leaves_room_for_the_spread_of_the_measurement(monkeypatch):
+    q, k, v = tensors(1, 3, 3, 2048, 2048)
+    config = psa.PSAConfig(target_error=0.05)
+    careful = psa.plan(q, k, config, v=v)
+    monkeypatch.setattr(psa.auto, "MARGIN", 0.0)
+    assert careful.density > psa.plan(q, k, config, v=v).density
+    assert all(row["error"] + row["error_spread"] <= 0.05 * 1.01 for row in careful.report)
 
 
 def test_target_error_is_met_or_the_head_runs_dense():

@@ -123,6 +123,24 @@ def levels_of(choice: Choice, importance: Tensor, mask: BlockMask, cap: Tensor |
     return found
 
 
+def levels_at(
+    densities: Tensor, choice: Choice, importance: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig
+) -> Tensor:
+    """Levels [P, B, H, M, N] of each head by its own candidate at several densities [P]."""
+    count, batch = len(densities), len(choice.candidate)
+    candidate = choice.candidate.repeat(count, 1)
+    density = densities.repeat_interleave(batch)[:, None].expand_as(candidate)
+    several = Choice(candidate, density, density, density)
+    mask = BlockMask(_repeated(mask.visible, count), _repeated(mask.pinned, count))
+    found = levels_of(several, importance.repeat(count, 1, 1, 1), mask, _repeated(cap, count), config)
+    return found.unflatten(0, (count, batch))
+
+
+def _repeated(x: Tensor | None, count: int) -> Tensor | None:
+    """``count`` times the batch; as it is where it broadcasts anyway."""
+    return x if x is None or x.shape[0] == 1 else x.repeat(count, *[1] * (x.ndim - 1))
+
+
 def levels_of_all(
     density: float, importance: Tensor, fine: Tensor, mask: BlockMask, cap: Tensor | None, config: PSAConfig
 ) -> list[Tensor]:
@@ -131,7 +149,6 @@ def levels_of_all(
     importance, fine: [B, H, S, N], the estimates of the coarse and of the fine allocations.
     """
     batch, count = importance.shape[0], len(ALLOCATIONS)
-    repeat = lambda x: None if x is None else x if x.shape[0] == 1 else x.repeat(count, *[1] * (x.ndim - 1))  # noqa: E731
     exponents = constant(tuple(exponent for exponent, _, _ in ALLOCATIONS), importance.device)
     keep = constant(tuple(keep for _, keep, _ in ALLOCATIONS), importance.device)
     found = allocate_levels(
@@ -141,8 +158,8 @@ def levels_of_all(
         block_n=config.block_n,
         exponent=exponents.repeat_interleave(batch)[:, None, None, None],
         keep_all=keep.repeat_interleave(batch)[:, None, None, None],
-        cap=repeat(cap),
-        mask=BlockMask(repeat(mask.visible), repeat(mask.pinned)),
+        cap=_repeated(cap, count),
+        mask=BlockMask(_repeated(mask.visible, count), _repeated(mask.pinned, count)),
     )
     levels = list(found.unflatten(0, (count, batch)))
     for mode in ("topk", "thresholdbound") if config.published else ():

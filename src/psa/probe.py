@@ -62,12 +62,13 @@ class Scored:
 
     Attributes:
         levels: uint8 [B, H, S, C, N]. shares: float [B, H, S, C, N], of the slope correction, as in
-        :func:`psa.slope.slope_correction`. caps: K bounds of the variance bias, in nats, that each is scored with.
+        :func:`psa.slope.slope_correction`. caps: float32 [B, H, K], bounds of the variance bias, in nats, that each is
+        scored with.
     """
 
     levels: Tensor
     shares: Tensor
-    caps: tuple[float, ...]
+    caps: Tensor
 
 
 @torch.no_grad()
@@ -99,14 +100,14 @@ def row_errors(
     call = {
         "block_n": block_n,
         "scale": scale,
-        "caps": scored.caps,
         "step": max(1, scratch_elements(q, CHUNK) // per_block),
     }
     call |= {"shift": k.shape[2] - q.shape[2] if is_causal else None}
     results = []
     for b in range(q.shape[0]):
         of_group = partial(_group_errors, mask=None if key_mask is None else key_mask[b : b + 1], **call)
-        shared = (x.unflatten(0, (-1, groups)) for x in (rows.rows, q[b], power[b], scored.levels[b], scored.shares[b]))
+        of_heads = (rows.rows, q[b], power[b], scored.levels[b], scored.shares[b], scored.caps[b])
+        shared = (x.unflatten(0, (-1, groups)) for x in of_heads)
         results.append(_over_heads(of_group, (k[b], v[b], *shared), together))
     errors, norms, unit = (torch.stack([x.flatten(0, 1) for x in parts]) for parts in zip(*results, strict=True))
     return errors, norms, unit
@@ -128,11 +129,11 @@ def _group_errors(
     power: Tensor,
     levels: Tensor,
     shares: Tensor,
+    caps: Tensor,
     *,
     mask: Tensor | None,
     block_n: int,
     scale: float,
-    caps: tuple[float, ...],
     step: int,
     shift: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +143,7 @@ def _group_errors(
     pyramid = _Pyramid(k[None, None], v[None, None], block_n, mask)
     every = []
     for head in range(q.shape[0]):
-        bias = pyramid.variance_bias(power[head], scale, caps)
+        bias = pyramid.variance_bias(power[head], scale, caps[head])
         parts = zip(*(x[head].split(step) for x in (rows, levels, shares)), strict=True)
         done = [
             _part_errors(pyramid, scale * q[head][some].float(), some, kept, share, bias, shift)
@@ -196,7 +197,7 @@ class _Pyramid:
             self.counts.append(_pairs(self.counts[-1], 0))
             self.values.append(total.div_(2.0 if real is None else self.counts[-1][:, None].clamp(min=1)))
 
-    def variance_bias(self, power: Tensor, scale: float, caps: tuple[float, ...]) -> list[list[Tensor]]:
+    def variance_bias(self, power: Tensor, scale: float, caps: Tensor) -> list[list[Tensor]]:
         """The factor exp(bias) of every group, [groups], for every level above 1 and every cap."""
         sums, factors = self.centred[0, 0], []
         energy = sums.square() @ power
@@ -204,7 +205,7 @@ class _Pyramid:
             sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
             spread = energy / size - sums.square() @ power / size.square()
             spread = spread.nan_to_num(nan=torch.inf).clamp(min=0)  # the difference of two infinities
-            factors.append([(0.5 * scale**2 * spread).clamp(max=cap).exp() for cap in caps])
+            factors.append([torch.minimum(0.5 * scale**2 * spread, cap).exp() for cap in caps.unbind(-1)])
         return factors
 
     def outputs(
@@ -267,10 +268,10 @@ class _Pyramid:
         """Σ over blocks of amount · Σ over each block's groups of weight · mean value: [S, C, R, D].
 
         weight [S * R, groups], amount [S, C, N]. What a block adds to a row is computed once for all selections; for
-        one, or one and the exact one, it is less work to scale the weights.
+        one, or where a block is one group, it is less work to scale the weights.
         """
         weight = weight.unflatten(-1, (self.blocks, -1))
-        if amount.shape[1] <= 2:
+        if amount.shape[1] == 1 or weight.shape[-1] == 1:
             scaled = weight.unflatten(0, (amount.shape[0], 1, -1)) * amount[:, :, None, :, None]
             return scaled.flatten(3) @ self.values[e]
         values = self.values[e].unflatten(0, (self.blocks, -1))
