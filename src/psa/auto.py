@@ -34,9 +34,6 @@ BARRED = 1e9
 FINE_HANDICAP = 1.1
 """Factor on the squared error of finer importance. Its time, spent on density instead, would gain more on average; but
 the heads that gain by it err most, in rows that few probes see."""
-STEEP_HANDICAP = 1.5
-"""Factor on the squared error of exponent 3, which stakes all on the few largest blocks: where that harms, few probes
-see it."""
 UNLIKE, DISTRUST = 0.045, 1.25
 """Total variation between coarse and finer importance above which a head's coarse one is distrusted, and the factor on
 its candidates' squared errors then: finer importance is nearly always better there, which few probes often miss."""
@@ -217,7 +214,7 @@ def handicap(candidate: Candidate, layer: Layer) -> float:
     """The factor on a candidate's squared error that makes up for its cost."""
     if (candidate.fine and layer.finer is None) or (candidate.slope and not layer.config.slope):
         return BARRED
-    return (FINE_HANDICAP if candidate.fine else 1.0) * (STEEP_HANDICAP if candidate.exponent == 3.0 else 1.0)
+    return FINE_HANDICAP if candidate.fine else 1.0
 
 
 def unlike(coarse: Tensor, fine: Tensor) -> Tensor:
