@@ -22,7 +22,19 @@ from psa.tiny.autoencoder import train_autoencoder
 from psa.tiny.checker import HUES, _colours, matches, read
 from psa.tiny.model import make_text_encoder, make_tokenizer, make_transformer, make_vae
 from psa.tiny.processes import Processes
-from psa.tiny.scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, parse, render, sample_scene
+from psa.tiny.scenes import (
+    BACKDROPS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    _places,
+    parse,
+    render,
+    sample_scene,
+)
 from psa.tiny.student import WORDS, PickedTimes, Student
 from psa.tiny.train import Run, Stage, pick, start_from
 from psa.video import read_video
@@ -49,13 +61,37 @@ def test_other_prompts_are_refused_with_the_grammar(prompt):
         parse(prompt)
 
 
-def test_things_are_named_from_left_to_right():
+def test_two_things_stand_apart_inside_the_canvas_the_first_on_the_left():
     rng = random.Random(0)
     for seed in range(20):
         scene = sample_scene(rng, pairs=1)
         owner = _colours(render(scene, 33, 128, 128, random.Random(seed)))
         first, second = ((owner == list(HUES).index(thing.colour)).nonzero()[:, 2].float() for thing in scene.things)
         assert first.mean() < second.mean(), scene
+    for seed in range(200):
+        scene = sample_scene(rng, pairs=1)
+        tracks = _places(scene.things, 33, 128, 128, random.Random(seed))
+        for x, y, radius in tracks:
+            edges = (x - radius, y - radius, 128 - radius - x, 128 - radius - y)
+            assert min(float(edge.min()) for edge in edges) >= -1e-3, scene
+        (ax, ay, ar), (bx, by, br) = tracks
+        assert bool(((ax - bx).abs().maximum((ay - by).abs()) >= ar + br).all()), scene
+
+
+def test_noise_levels_of_a_batch_are_spread_evenly():
+    levels = []
+
+    class Told(Student):
+        def forward(self, noisy, noise_level, ids, rows):
+            levels.append(noise_level)
+            return torch.zeros_like(noisy)
+
+    student = Told(make_transformer(), make_text_encoder())
+    clean, ids = torch.zeros(64, 16, 1, 2, 2), torch.ones(64, WORDS, dtype=torch.long)
+    student.loss(clean, ids, 3.0, torch.Generator().manual_seed(0))
+    unshifted = levels[0] / (3.0 - 2.0 * levels[0])
+    shares = torch.special.ndtr(unshifted.logit() / 1.2).sort().values
+    assert bool(((shares * 64).floor() == torch.arange(64)).float().mean() > 0.95)
 
 
 def test_training_never_shows_what_is_held_out():

@@ -34,6 +34,7 @@ MOTIONS = {
 }
 BACKDROPS = ("stripes", "checks", "clouds", "waves")
 SPEED, GROWTH = 1.4, 0.35  # pixels per frame: of a moving shape, and of a growing shape's radius
+NEAR, FAR, AWRY = 4.0, 10.0, 8.0  # pixels: least and greatest gap between two things, and how far they stand off a line
 GRAMMAR = (
     "a {small|large} {" + "|".join(COLOURS) + "} {" + "|".join(SHAPES) + "} {" + "|".join(MOTIONS) + "} "
     "[and a second such object of another colour, right of the first] over {" + "|".join(BACKDROPS) + "}"
@@ -131,35 +132,61 @@ def render(scene: Scene, frames: int, height: int, width: int, rng: random.Rando
 def _places(
     things: tuple[Thing, ...], frames: int, height: int, width: int, rng: random.Random
 ) -> list[tuple[Tensor, ...]]:
-    """Centre x, y and radius over time of every thing, inside the canvas.
+    """Centre x, y and radius over time of every thing, inside the canvas and clear of each other.
 
-    Two things are clear of each other and are named from left to right: side by side where that has room, else at
-    least on average, else anywhere.
+    Two things stand side by side, the first on the left; or the first above the second and a little to its left,
+    where what they do leaves no room for that. On canvases with no room for either they may touch or leave.
     """
-    paths = []
-    for attempt in range(200):
-        paths = [_path(thing, frames, height, width, rng) for thing in things]
-        if len(paths) < 2:
+    canvas, largest = (width, height), 0.45 * min(height, width)
+    plain = [_track(thing, frames, largest) for thing in things]
+    axis = 0 if _fits(_apart(plain, 0, NEAR), canvas) else 1
+    group = plain
+    for _ in range(50):
+        group = [_track(thing, frames, largest, rng.uniform(0.92, 1.08), rng.uniform(0.85, 1.15)) for thing in things]
+        aside = rng.uniform(-AWRY, AWRY) if axis == 0 else rng.uniform(NEAR, AWRY)
+        group = _apart(group, axis, rng.uniform(NEAR, FAR), aside)
+        if _fits(group, canvas):
             break
-        (ax, ay, ar), (bx, by, br) = paths
-        apart = bx - ax if attempt < 100 else (bx - ax).abs().maximum((by - ay).abs())
-        if (apart > 0.95 * (ar + br)).all() and bx.mean() > ax.mean():
-            break
-    return paths
+    return _put(group, canvas, rng)
 
 
-def _path(thing: Thing, frames: int, height: int, width: int, rng: random.Random) -> tuple[Tensor, ...]:
+Track = tuple[Tensor, Tensor, Tensor]  # x and y of the centre, and the radius, of every frame
+
+
+def _track(thing: Thing, frames: int, largest: float, size: float = 1.0, speed: float = 1.0) -> Track:
+    """What a thing does, its centre 0 on average."""
     time = torch.arange(frames, dtype=torch.float32)
-    radius = SIZES[thing.size] * rng.uniform(0.92, 1.08) + GROWTH * time * (thing.motion == "growing")
-    radius = radius.clamp(max=0.45 * min(height, width))
-    speed = SPEED * rng.uniform(0.85, 1.15)
-    centre = []
-    for extent, direction in zip((width, height), MOTIONS[thing.motion], strict=True):
-        track = time * speed * direction
-        low = float((radius - track).max())
-        high = float((extent - radius - track).min())
-        centre.append(track + (rng.uniform(low, high) if high > low else 0.5 * (low + high)))
-    return (*centre, radius)
+    radius = (SIZES[thing.size] * size + GROWTH * time * (thing.motion == "growing")).clamp(max=largest)
+    x, y = ((time - time.mean()) * SPEED * speed * direction for direction in MOTIONS[thing.motion])
+    return x, y, radius
+
+
+def _apart(group: list[Track], axis: int, gap: float, aside: float = 0.0) -> list[Track]:
+    """Two things, the second moved along ``axis`` until it is always clear of the first, and ``aside`` the other way;
+    one thing as it is."""
+    if len(group) < 2:
+        return group
+    first, second = group
+    away = (first[2] + second[2] + first[axis] - second[axis]).max() + gap
+    x, y = (away, aside) if axis == 0 else (aside, away)
+    return [first, (second[0] + x, second[1] + y, second[2])]
+
+
+def _room(group: list[Track], axis: int, extent: float) -> tuple[float, float]:
+    """Least and greatest shift along ``axis`` that keeps a group inside; in the wrong order where none does."""
+    low = max(float((track[2] - track[axis]).max()) for track in group)
+    return low, min(float((extent - track[2] - track[axis]).min()) for track in group)
+
+
+def _fits(group: list[Track], canvas: tuple[int, int]) -> bool:
+    return all(low <= high for low, high in (_room(group, axis, extent) for axis, extent in enumerate(canvas)))
+
+
+def _put(group: list[Track], canvas: tuple[int, int], rng: random.Random) -> list[Track]:
+    """The group anywhere on the canvas, in its middle along an axis that is too short for it."""
+    rooms = [_room(group, axis, extent) for axis, extent in enumerate(canvas)]
+    left, top = (rng.uniform(low, high) if low < high else 0.5 * (low + high) for low, high in rooms)
+    return [(x + left, y + top, radius) for x, y, radius in group]
 
 
 def _distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:

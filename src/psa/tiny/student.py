@@ -65,10 +65,11 @@ class Student(nn.Module):
     def loss(
         self, clean: Tensor, ids: Tensor, shift: float, generator: torch.Generator, share: slice = slice(None)
     ) -> Tensor:
-        """Mean squared error of the velocity at noise levels drawn logit-normal, then shifted, over a share of the
-        batch."""
+        """Mean squared error of the velocity, over a share of the batch, at noise levels drawn logit-normal, one from
+        each of as many equally likely ranges as there are clips, then shifted."""
         batch = len(clean)
-        level = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
+        place = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        level = torch.sigmoid(1.2 * torch.special.ndtri(place.clamp(1e-6, 1 - 1e-6)))
         level = shift * level / (1 + (shift - 1) * level)
         noise = torch.randn(clean.shape, generator=generator)
         part = level[:, None, None, None, None]

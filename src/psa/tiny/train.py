@@ -10,7 +10,6 @@ Processes on several cores share every batch: ``torchrun --nproc-per-node 2 -m p
 import contextlib
 import functools
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +48,8 @@ class Stage:
     density: float = 1.0  # of self-attention; below 1 it is PSA's, forward and backward
     seen: int = 0  # latent frames of each clip that a step sees, evenly spaced and at their own times; 0: all
     turns: tuple[tuple[int, int], ...] = ()  # (seen, batch) that successive steps take in turn, instead of these two
+    noise: float = 0.5  # exponent of the tokens in the shift of the noise levels
+    cools: bool = False  # the rate falls to a tenth, not to the next stage's
 
     @property
     def latents(self) -> int:
@@ -69,10 +70,12 @@ class Stage:
 
     @property
     def shift(self) -> float:
-        """Of the noise levels: longer clips need more noise to lose their content (Esser et al. 2024, §5.3.2)."""
-        return math.sqrt(self.tokens / 256)
+        """Of the noise levels: longer clips need more noise to lose their content (Esser et al. 2024, §5.3.2, with the
+        square root)."""
+        return (self.tokens / 256) ** self.noise
 
 
+MIXED = ((3, 24), (0, 4), (5, 12), (0, 4), (9, 6), (0, 4))
 STAGES = (
     Stage("parts", 64, 9, 24, 7000, 8192, 2e-3, pairs=0.1),
     Stage("pairs", 96, 9, 12, 1900, 4096, 1.4e-3, pairs=0.6),
@@ -80,6 +83,11 @@ STAGES = (
     Stage("native", 128, 33, 2, 660, 1024, 8e-4, pairs=0.4, density=0.2),
     Stage("three", 128, 33, 24, 650, 3072, 1.6e-3, pairs=0.5, seen=3),
     Stage("five", 128, 33, 12, 700, 3072, 1.3e-3, pairs=0.5, seen=5),
+    Stage("mixed", 128, 33, 24, 1700, 5208, 1.3e-3, pairs=0.55, density=0.2, turns=MIXED, cools=True),
+    Stage("whole", 128, 33, 4, 600, 5208, 7e-4, pairs=0.55, density=0.2, turns=((0, 4), (0, 4), (9, 6)), cools=True),
+    Stage("noisy", 128, 33, 4, 1700, 5208, 5e-4, pairs=0.55, density=0.2, noise=0.73, cools=True),
+    Stage("beside", 128, 33, 24, 1400, 5208, 1.2e-3, pairs=0.6, density=0.2, turns=MIXED, noise=0.65, cools=True),
+    Stage("close", 128, 33, 12, 700, 5208, 7e-4, pairs=0.65, density=0.2, turns=MIXED[1:5], noise=0.65, cools=True),
 )
 FLOW_SHIFT = 4.0  # of the shipped scheduler: the native stage's
 
@@ -230,8 +238,9 @@ class Run:
             on_step(stage.name, self.step, loss.item())
 
     def _rate(self, stage: Stage) -> float:
-        """Warm-up at the very start; within a stage, down to the next stage's rate (the last: to a tenth)."""
-        after = self.stages[self.stage + 1].rate if self.stage + 1 < len(self.stages) else 0.1 * stage.rate
+        """Warm-up at the very start; within a stage, down to the next stage's rate or to a tenth (the last too)."""
+        cools = stage.cools or self.stage + 1 == len(self.stages)
+        after = 0.1 * stage.rate if cools else self.stages[self.stage + 1].rate
         warm = min(1.0, (self.step + 1) / 100) if self.stage == 0 else 1.0
         return warm * (stage.rate + (after - stage.rate) * self.step / stage.steps)
 
@@ -283,7 +292,7 @@ def main(
     vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
     start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
-    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "five",
+    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "close",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
