@@ -288,18 +288,29 @@ def test_it_is_small():
 
 
 def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
-    """Clips of half the native length, to keep this short; benchmarks/tiny.py makes native ones."""
+    """Clips of half the native length, to keep this short, at the density that keeps as many blocks per query block as
+    .15 does at native length; benchmarks/tiny.py makes native ones."""
     rng = random.Random("a dozen")
     right = {"dense": Counter(), "psa": Counter()}
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
         size = {"frames": 17, "steps": 8}
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
-        with psa.enable(pipe, config=demo.rivals(0.15)["psa"], min_queries=0):
+        with psa.enable(pipe, config=demo.rivals(0.28)["psa"], min_queries=0):
             right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
     # A guess gets colour, shape and motion right once in 144.
-    assert right["dense"]["colour"] >= 10 and right["dense"]["motion"] >= 8 and right["dense"]["all"] >= 4, right
-    assert right["psa"]["colour"] >= 10 and right["psa"]["all"] >= right["dense"]["all"] - 3, right
+    assert right["dense"]["colour"] >= 11 and right["dense"]["all"] >= 10, right
+    assert right["psa"]["colour"] >= 11 and right["psa"]["all"] >= right["dense"]["all"] - 2, right
+
+
+@pytest.mark.parametrize("density", [0.1, 0.2, 0.5, 1.0])
+def test_rivals_spend_the_same_density(density):
+    q, k = torch.randn(2, 1, 1, 8192, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    rivals = demo.rivals(density)
+    for name in ("one mean per block", "binary", "published topk"):
+        kept = psa.plan(q, k, rivals[name]).density
+        assert kept <= 1.05 * density + 0.01, name
+        assert kept >= 0.85 * density or name == "published topk", name
 
 
 def test_captured_attention_is_the_transformers(pipe):
