@@ -51,8 +51,8 @@ class DemoResult:
 def rivals(density: float) -> dict[str, PSAConfig]:
     """Settings to compare at one density: the library's own, and three ways of spending it that are known."""
     scale, exact = density / 0.15, max(0.0, (density - 1 / 64) / (1 - 1 / 64))
-    published = {level: tuple(min(1.0, at * scale) for at in bounds) for level, bounds in PUBLISHED_RATIOS.items()}
-    published[0] = (published[0][0], 1.0)
+    bounds = {level: (min(1.0, low * scale), min(1.0, high * scale)) for level, (low, high) in PUBLISHED_RATIOS.items()}
+    published = {**bounds, 0: (bounds[0][0], 1.0)}
     return {
         "psa": PSAConfig(density=density),
         "published topk": PSAConfig(mask_ratios=published),
