@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import psa
-from psa.importance import importance, measured_mass
+from psa.importance import block_scores, importance, measured_mass, score_rows
 
 KINDS = ["pooled", "sampled", "antidiagonal"]
 
@@ -107,8 +107,9 @@ def test_importance_of_some_query_blocks_and_some_heads(causal):
     q, k = smooth(2, 4, 512, 32, 0) * 2, smooth(2, 2, 512, 32, 1)
     call = {"config": psa.PSAConfig(block_m=64, block_n=32), "scale": 32**-0.5, "is_causal": causal}
     whole = importance(q, k, **call)
-    torch.testing.assert_close(importance(q, k, only=torch.tensor([1, 2, 7]), **call), whole[:, :, [1, 2, 7]])
+    rows = score_rows(q, k, **call)
+    torch.testing.assert_close(block_scores(rows.of_blocks(torch.tensor([1, 2, 7]))), whole[:, :, [1, 2, 7]])
     wanted = torch.tensor([[True, False, False, False], [False, False, True, True]])
-    part = importance(q, k, wanted=wanted, **call)
+    part = block_scores(rows, wanted)
     torch.testing.assert_close(part[wanted], whole[wanted])
     assert not bool(part[0, 2:].any() or part[1, :2].any()), "KV heads that nobody wants are left out on the CPU"

@@ -70,9 +70,9 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         levels = levels.masked_fill(pairs.pinned, 1).masked_fill(~pairs.visible, 0)
         assert bool((levels > 1).any())
     share = torch.rand(shape, generator=draw).half().masked_fill(levels <= 1, 0.0)
-    cap = 0.2 + torch.rand(2, 4, generator=draw)
+    cap, power = 0.2 + torch.rand(2, 4, generator=draw), q.square().mean(2)
     corrected = psa.Plan(
-        levels, 64, 32, *lengths, causal, query_power=q.square().mean(2), bias_cap=cap,
+        levels, 64, 32, *lengths, causal, query_power=power, bias_cap=cap,
         slope=share, key_mask=mask,
     )  # fmt: skip
     plain = dataclasses.replace(corrected, slope=None)
@@ -86,7 +86,7 @@ def test_errors_of_all_rows_are_those_of_attention(causal, lengths, masked):
         column = lambda x, m=m: x[:, :, m : m + 1, None]  # noqa: E731
         scored = Scored(column(levels), column(share), torch.stack([cap + 1, cap], dim=-1))
         rows = Rows(torch.full((4, 1), m), index)
-        call = {"block_n": 32, "scale": 32**-0.5, "is_causal": causal, "key_mask": mask}
+        call = {"block_n": 32, "scale": 32**-0.5, "is_causal": causal, "key_mask": mask, "power": power}
         squared, norms, unit = row_errors(q, k, v, rows, scored, **call)
         part = slice(m * 64, last)
         norm = true[:, :, part].square().sum((2, 3))

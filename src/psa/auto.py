@@ -56,6 +56,8 @@ class Layer:
     q: Tensor
     k: Tensor
     v: Tensor | None
+    power: Tensor
+    """Mean over the queries of every channel's square, float32 [B, H, D]."""
     importance: Tensor
     mask: BlockMask
     cap: Tensor | None
@@ -64,7 +66,7 @@ class Layer:
     is_causal: bool
     key_mask: Tensor | None
     finer: Callable[..., Tensor] | None = None
-    """Importance pooled half as coarsely, ``finer(only=..., wanted=...)`` as :func:`psa.importance.importance`."""
+    """Importance pooled half as coarsely, ``finer(only=..., wanted=...)``; see :mod:`psa.ops`."""
     device_levels: Callable[..., Tensor] | None = None
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
@@ -78,6 +80,7 @@ class Layer:
             self.v,
             rows,
             scored,
+            power=self.power,
             block_n=self.config.block_n,
             scale=self.scale,
             is_causal=self.is_causal,
@@ -94,7 +97,7 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
 
     Returns:
         levels uint8 [B, H, M, N], bias_cap float32 [B, H], shares float16 [B, H, M, N] of the slope correction, and
-        the choice, with the error that fresh probes measured (the given one's, where a choice was given).
+        the choice, with the error that probes measured (the given one's, where a choice was given).
     """
     choice = given
     if given is None and layer.v is not None:
@@ -115,18 +118,11 @@ def unmeasured(layer: Layer) -> Choice:
     return Choice(zero.long() + first, zero + float(layer.config.density or 1.0), unknown, unknown)
 
 
-def finer_where(layer: Layer, wanted: Tensor) -> Tensor | None:
-    """Importance [B, H, M, N] pooled half as coarsely, for the heads that want it (bool [B, H]); None if none does."""
-    if layer.finer is None or (wanted.device.type == "cpu" and not bool(wanted.any())):
-        return None
-    return layer.finer(wanted=wanted)
-
-
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
     """Levels, and the shares of the slope correction, that a choice means for every head."""
-    importance, finer = layer.importance, finer_where(layer, choice.fine)
-    if finer is not None:
-        importance = torch.where(choice.fine[..., None, None], finer, importance)
+    importance, fine = layer.importance, choice.fine
+    if layer.finer is not None and (fine.device.type != "cpu" or bool(fine.any())):
+        importance = torch.where(fine[..., None, None], layer.finer(wanted=fine), importance)
     if layer.device_levels is None:
         levels = levels_of(choice, importance, layer.mask, layer.cap, layer.config)
     else:
@@ -163,7 +159,7 @@ def choose(layer: Layer) -> Choice:
     """
     config = layer.config
     step, tried = float(config.density or min(CHOSEN_AT, config.max_density)), candidates(config)
-    rows = layer.sample(0, config.probe_rows if not needs_curve(config) else -(-2 * config.probe_rows // 3))
+    rows = layer.sample(0, config.probe_rows if not needs_curve(config) else -(-config.probe_rows // 2))
     coarse, fine = _sampled_importance(layer, rows)
     squared, norms, _ = layer.errors(rows, _scored(layer, rows, step, coarse, fine))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3)
@@ -203,8 +199,9 @@ def settle(layer: Layer, choice: Choice) -> Choice:
     if target is not None:
         density = smallest_density(errors + MARGIN * spreads, densities, torch.full_like(choice.error, target))
     else:
+        assert config.density is not None
         total = squared.sum(2) * (unit / unit.amax(1, keepdim=True)).square()[..., None]  # heads in one unit
-        density = shared_densities(total, densities, float(config.density or config.max_density))
+        density = shared_densities(total, densities, config.density)
     found = (between(densities, x, density[..., None]).squeeze(-1) for x in (errors, spreads))
     settled = Choice(choice.candidate, density, *found)
     return settled.dense_where(density == 1)
@@ -300,10 +297,12 @@ def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: 
     return (density + spare).clamp(max=1.0)
 
 
-def _sampled_importance(layer: Layer, rows: Rows) -> tuple[Tensor, Tensor]:
+def _sampled_importance(layer: Layer, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Coarse and finer importance [B, H, S, N] of the sampled query blocks; the coarse twice where none is finer."""
     coarse = _rows_of(layer.importance, rows)
-    return coarse, coarse if layer.finer is None else layer.finer(only=rows.blocks[0])  # the same blocks in every head
+    if layer.finer is None:
+        return coarse, coarse
+    return coarse, layer.finer(only=rows.blocks[0], wanted=wanted)  # the same blocks in every head
 
 
 def _scored(layer: Layer, rows: Rows, density: float, importance: Tensor, fine: Tensor) -> Scored:
@@ -318,7 +317,7 @@ def _scored(layer: Layer, rows: Rows, density: float, importance: Tensor, fine: 
 
 def _on_ladder(layer: Layer, rows: Rows, choice: Choice, densities: Tensor) -> Scored:
     """The chosen candidates' levels at several densities, on the sampled query blocks."""
-    coarse, fine = _sampled_importance(layer, rows)
+    coarse, fine = _sampled_importance(layer, rows, choice.fine)
     importance = torch.where(choice.fine[..., None, None], fine, coarse)
     found = levels_at(densities, choice, importance, _mask_of(layer, rows), layer.cap, layer.config)
     levels = found.permute(1, 2, 3, 0, 4)

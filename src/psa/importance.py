@@ -28,6 +28,7 @@ class ScoreRows:
         bias: [1|B, Rk] added to the logits; -inf hides a row.
         query_position, key_position: a key row is visible unless its position is after the query row's. None: all are.
         per_block_q, per_block_k: rows that make up one block.
+        largest: a block pair counts by its largest share, not by their sum.
     """
 
     queries: Tensor
@@ -37,6 +38,15 @@ class ScoreRows:
     key_position: Tensor | None
     per_block_q: int
     per_block_k: int
+    largest: bool = False
+
+    def of_blocks(self, blocks: Tensor) -> "ScoreRows":
+        """Those of some query blocks, int64 [S], ascending. Of a partial last one the last row counts for those it
+        lacks."""
+        place = torch.arange(self.per_block_q, device=blocks.device)
+        index = (blocks[:, None] * self.per_block_q + place).flatten().clamp(max=self.queries.shape[2] - 1)
+        position = None if self.query_position is None else self.query_position[index]
+        return replace(self, queries=self.queries[:, :, index], query_position=position)
 
 
 @torch.no_grad()
@@ -48,31 +58,20 @@ def importance(
     scale: float,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
-    only: Tensor | None = None,
-    wanted: Tensor | None = None,
 ) -> Tensor:
     """Importance by ``config.importance``: float32 [B, H, M, N]; rows sum to one, or to zero where nothing is seen.
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D]. Deterministic: the sampled estimate draws its offsets from ``config.seed``.
-
-    Args:
-        only: int64 [S], ascending: the query blocks to score, [B, H, S, N]. Of a partial last one the last row counts
-            for those it lacks.
-        wanted: bool [B, H]; the CPU leaves out KV heads that nobody wants, their importance is 0.
     """
+    return block_scores(score_rows(q, k, config, scale=scale, is_causal=is_causal, key_mask=key_mask))
+
+
+def score_rows(
+    q: Tensor, k: Tensor, config: PSAConfig, *, scale: float, is_causal: bool = False, key_mask: Tensor | None = None
+) -> ScoreRows:
+    """The rows that ``config.importance`` scores."""
     gather = {"pooled": pooled_rows, "sampled": sampled_rows, "antidiagonal": antidiagonal_rows}[config.importance]
-    rows = gather(q, k, config, scale, is_causal, key_mask)
-    blocks_q, blocks_k = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
-    if only is not None:
-        rows, blocks_q = _of_blocks(rows, only), len(only)
-    return block_scores(rows, blocks_q, blocks_k, largest=config.importance == "sampled", wanted=wanted)
-
-
-def _of_blocks(rows: ScoreRows, blocks: Tensor) -> ScoreRows:
-    place = torch.arange(rows.per_block_q, device=blocks.device)
-    index = (blocks[:, None] * rows.per_block_q + place).flatten().clamp(max=rows.queries.shape[2] - 1)
-    position = None if rows.query_position is None else rows.query_position[index]
-    return replace(rows, queries=rows.queries[:, :, index], query_position=position)
+    return gather(q, k, config, scale, is_causal, key_mask)
 
 
 def pooled_rows(
@@ -122,18 +121,19 @@ def sampled_rows(
     shift = k.shape[2] - q.shape[2]
     positions = (index_q + shift, index_k) if is_causal else (None, None)
     queries, keys = q[:, :, index_q].float() * scale, k[:, :, index_k].float()
-    return ScoreRows(queries, keys, bias, *positions, config.block_m // 4, config.block_n // 4)
+    return ScoreRows(queries, keys, bias, *positions, config.block_m // 4, config.block_n // 4, largest=True)
 
 
-def block_scores(
-    rows: ScoreRows, blocks_q: int, blocks_k: int, *, largest: bool, wanted: Tensor | None = None
-) -> Tensor:
+def block_scores(rows: ScoreRows, wanted: Tensor | None = None) -> Tensor:
     """Softmax of each query row, summed (or maximised) over block pairs, rows normalised: float32 [B, H, M, N].
+
+    wanted: bool [B, H]; the CPU leaves out KV heads that nobody wants, their importance is 0.
 
     Key rows are laid out place by place, not block by block, so that sums over a block run along whole vectors: on the
     CPU more than twice as fast as short sums along the last dimension.
     """
     (batch, heads, count, _), kv_heads = rows.queries.shape, rows.keys.shape[1]
+    blocks_q, blocks_k = -(-count // rows.per_block_q), -(-rows.keys.shape[2] // rows.per_block_k)
     out = torch.zeros(batch, heads, blocks_q, blocks_k, device=rows.queries.device)
     tiny = torch.finfo(torch.float32).tiny
     missing = blocks_k * rows.per_block_k - rows.keys.shape[2]
@@ -164,10 +164,10 @@ def block_scores(
         peak = logits.flatten(2).amax(-1).clamp_(min=torch.finfo(torch.float32).min)
         mass = logits.sub_(peak[..., None, None]).exp_()
         total = mass.sum(2)
-        mass = (mass.amax(2) if largest else total) / total.sum(-1, keepdim=True).clamp(min=tiny)
+        mass = (mass.amax(2) if rows.largest else total) / total.sum(-1, keepdim=True).clamp(min=tiny)
         mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
         block = start // rows.per_block_q
-        out[b, of, block : block + mass.shape[1], :width] = mass.amax(2) if largest else mass.sum(2)
+        out[b, of, block : block + mass.shape[1], :width] = mass.amax(2) if rows.largest else mass.sum(2)
     return out / out.sum(-1, keepdim=True).clamp(min=tiny)
 
 

@@ -5,7 +5,7 @@ kernel and a rule for ``torch.func.vmap``.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .backends import choose, planner
 from .backends.base import Selection
 from .candidates import Choice
 from .config import PSAConfig
-from .importance import importance, measured_mass
+from .importance import block_scores, importance, measured_mass, score_rows
 from .memory import mean_square, scratch_elements
 from .schedule import level_index
 
@@ -95,11 +95,12 @@ def select(
         if device is not None and not config.published:
             allocate = partial(device.plan_levels, q, k, config, caps=cap, **where)
         finer = None if given is not None else _finer(q, k, config, scale, is_causal, key_mask)
-        layer = Layer(q, k, v, scored.float(), mask, cap, config, scale, is_causal, key_mask, finer, allocate)
+        power = mean_square(q)
+        layer = Layer(q, k, v, power, scored.float(), mask, cap, config, scale, is_causal, key_mask, finer, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
         shares = shares if config.slope else none_half.clone()
-        return levels, mean_square(q), caps.contiguous(), none_half, shares, facts
+        return levels, power, caps.contiguous(), none_half, shares, facts
     levels = (
         device.plan_levels(q, k, config, scored, caps=cap, **where)
         if device is not None
@@ -118,17 +119,20 @@ def select(
 def _finer(
     q: Tensor, k: Tensor, config: PSAConfig, scale: float, is_causal: bool, key_mask: Tensor | None
 ) -> Callable[..., Tensor] | None:
-    """Importance pooled half as coarsely in both directions; None where there is no such thing."""
+    """Importance pooled half as coarsely in both directions, of all query blocks or ``only`` some, int64 [S]; heads
+    that are not ``wanted``, bool [B, H], may be left out. None where there is no such thing."""
     rows, cols = config.importance_rows // 2, config.importance_cols // 2
     if config.importance != "pooled" or not rows or not cols:
         return None
     fine = config.replace(importance_rows=rows, importance_cols=cols)
     where = {"scale": scale, "is_causal": is_causal, "key_mask": key_mask}
-    device = planner(q, k, fine)
+    device, pooled = planner(q, k, fine), cache(partial(score_rows, q, k, fine, **where))
 
     def estimate(*, only: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        if device is None or only is not None:
-            return importance(q, k, fine, only=only, wanted=wanted, **where)
+        if only is not None:
+            return block_scores(pooled().of_blocks(only), wanted)
+        if device is None:
+            return block_scores(pooled(), wanted)
         return device.plan_importance(q, k, fine, wanted=wanted, **where)
 
     return estimate

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .memory import mean_square, scratch_elements
+from .memory import scratch_elements
 from .schedule import level_index
 from .slope import FINE, centred, slope_mix
 
@@ -79,6 +79,7 @@ def row_errors(
     rows: Rows,
     scored: Scored,
     *,
+    power: Tensor,
     block_n: int,
     scale: float,
     is_causal: bool = False,
@@ -86,14 +87,14 @@ def row_errors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors of every selection on the sampled rows, and the squared norm of the exact outputs.
 
-    q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order.
+    q [B, H, Lq, D], k, v [B, Hkv, Lk, D] in plan order, key_mask [B, Lk] in plan order; power: of q, see
+    :func:`psa.memory.mean_square`.
 
     Returns:
         errors float32 [B, H, S, C, K, 2], by cap, with the slope correction and without, and norms float32 [B, H, S],
         sums over the R rows of a query block in units of the head's largest value; and that unit, float32 [B, H].
     """
     groups = q.shape[1] // k.shape[1]
-    power = mean_square(q)
     each, (count, blocks) = rows.rows.shape[2], scored.levels.shape[3:]
     per_block = each * (k.shape[2] * 8 + blocks * (q.shape[3] + 1) * 2) + blocks * count * 8
     together = scratch_elements(q, 0) // (per_block * rows.rows.shape[1] * groups)
@@ -101,8 +102,9 @@ def row_errors(
         "block_n": block_n,
         "scale": scale,
         "step": max(1, scratch_elements(q, CHUNK) // per_block),
+        "shift": k.shape[2] - q.shape[2] if is_causal else None,
+        "sparing": q.device.type == "cpu" and together <= 1,
     }
-    call |= {"shift": k.shape[2] - q.shape[2] if is_causal else None}
     results = []
     for b in range(q.shape[0]):
         of_group = partial(_group_errors, mask=None if key_mask is None else key_mask[b : b + 1], **call)
@@ -136,17 +138,26 @@ def _group_errors(
     scale: float,
     step: int,
     shift: int | None,
+    sparing: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`row_errors` for one KV head, k, v [Lk, D], and the G query heads that share it: errors [G, S, C, K, 2],
     norms [G, S], unit [G]. ``step`` query blocks at a time; causal attention sees key j from query i where
-    j <= i + ``shift``."""
+    j <= i + ``shift``; ``sparing`` looks at the shares, and spares the slope correction where they are all zero."""
     pyramid = _Pyramid(k[None, None], v[None, None], block_n, mask)
     every = []
     for head in range(q.shape[0]):
         bias = pyramid.variance_bias(power[head], scale, caps[head])
         parts = zip(*(x[head].split(step) for x in (rows, levels, shares)), strict=True)
         done = [
-            _part_errors(pyramid, scale * q[head][some].float(), some, kept, share, bias, shift)
+            _part_errors(
+                pyramid,
+                scale * q[head][some].float(),
+                some,
+                kept,
+                None if sparing and not bool(share.any()) else share,
+                bias,
+                shift,
+            )
             for some, kept, share in parts
         ]
         every.append([torch.cat(found) for found in zip(*done, strict=True)])
@@ -159,19 +170,20 @@ def _part_errors(
     queries: Tensor,
     rows: Tensor,
     levels: Tensor,
-    shares: Tensor,
-    bias: list[list[Tensor]],
+    shares: Tensor | None,
+    bias: list[Tensor],
     shift: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`row_errors` for some query blocks of one head, queries [S, R, D]."""
+    """:func:`row_errors` for some query blocks of one head, queries [S, R, D]; shares None: all zero."""
     logits = queries.flatten(0, 1) @ pyramid.k.mT
     position = None if shift is None else (rows + shift).flatten()[:, None]
-    out = pyramid.outputs(logits, levels, bias, position)
-    slope = pyramid.slope(logits, levels, shares) / pyramid.top  # squares must not overflow
-    *out, exact = (found / pyramid.top for found in out)
-    wrong = [found - exact for found in out]
-    both = [torch.stack([(x + slope).square().sum((2, 3)), x.square().sum((2, 3))], dim=-1) for x in wrong]
-    return torch.stack(both, dim=2), exact.square().sum((1, 2, 3))
+    out, exact = (found / pyramid.top for found in pyramid.outputs(logits, levels, bias, position))
+    wrong = out - exact  # in units of the largest value: squares must not overflow
+    plain = wrong.square().sum((-2, -1))
+    if shares is not None:
+        wrong = wrong + pyramid.slope(logits, levels, shares) / pyramid.top
+    sloped = plain if shares is None else wrong.square().sum((-2, -1))
+    return torch.stack([sloped, plain], dim=-1).movedim(0, 2), exact.square().sum((1, 2, 3))
 
 
 class _Pyramid:
@@ -197,21 +209,21 @@ class _Pyramid:
             self.counts.append(_pairs(self.counts[-1], 0))
             self.values.append(total.div_(2.0 if real is None else self.counts[-1][:, None].clamp(min=1)))
 
-    def variance_bias(self, power: Tensor, scale: float, caps: Tensor) -> list[list[Tensor]]:
-        """The factor exp(bias) of every group, [groups], for every level above 1 and every cap."""
+    def variance_bias(self, power: Tensor, scale: float, caps: Tensor) -> list[Tensor]:
+        """The factors exp(bias) [K, groups] of every level above 1, for every cap [K]."""
         sums, factors = self.centred[0, 0], []
         energy = sums.square() @ power
         for counts in self.counts[1:]:
             sums, energy, size = _pairs(sums, 0), _pairs(energy, 0), counts.clamp(min=1)
             spread = energy / size - sums.square() @ power / size.square()
             spread = spread.nan_to_num(nan=torch.inf).clamp(min=0)  # the difference of two infinities
-            factors.append([torch.minimum(0.5 * scale**2 * spread, cap).exp() for cap in caps.unbind(-1)])
+            factors.append(torch.minimum(0.5 * scale**2 * spread, caps[:, None]).exp())
         return factors
 
     def outputs(
-        self, logits: Tensor, levels: Tensor, factors: list[list[Tensor]], position: Tensor | None
-    ) -> list[Tensor]:
-        """For every cap the outputs of every selection [S, C, R, D], and after them the exact one [S, 1, R, D].
+        self, logits: Tensor, levels: Tensor, factors: list[Tensor], position: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs of every selection with every cap [K, S, C, R, D], and the exact ones [S, 1, R, D].
 
         logits [S * R, keys], levels [S, C, N], factors of :meth:`variance_bias`.
         """
@@ -223,18 +235,18 @@ class _Pyramid:
         amount = functional.pad(levels == 1, (0, 0, 0, 1), value=True).float()
         out, mass = self._sum(weight.div_(total), 0, amount), self._mass(weight, amount)
         exact = out[:, -1:] / mass[:, -1:, :, None].clamp(min=tiny)
-        found = [(out[:, :-1].clone(), mass[:, :-1].clone()) for _ in factors[0]]
+        out, mass = (x[:, :-1].repeat(len(factors[0]), *[1] * x.ndim) for x in (out, mass))
         shift, sums = peak + total.log(), logits if self.real is None else logits * self.counts[0]
-        for e, counts in enumerate(self.counts[1:], start=1):
+        for e, (counts, factor) in enumerate(zip(self.counts[1:], factors, strict=True), start=1):
             sums = _pairs(sums, 1)
             weight = self._hide(sums / counts.clamp(min=1), e, position)
             weight = weight.sub_(shift).exp_().mul_(counts)
             amount = (levels == 1 << e).float()
-            for (out, mass), factor in zip(found, factors[e - 1], strict=True):
-                corrected = weight * factor
-                out += self._sum(corrected, e, amount)
-                mass += self._mass(corrected, amount)
-        return [*(out / mass[..., None].clamp(min=tiny) for out, mass in found), exact]
+            for cap in range(len(factor)):  # one at a time: pieces of two would leave a CPU's cache
+                corrected = weight * factor[cap]
+                out[cap] += self._sum(corrected, e, amount)
+                mass[cap] += self._mass(corrected, amount)
+        return out / mass[..., None].clamp(min=tiny), exact
 
     def slope(self, logits: Tensor, levels: Tensor, shares: Tensor) -> Tensor:
         """The slope correction of every selection, [S, C, R, D], by the logits' spread inside groups."""
