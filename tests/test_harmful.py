@@ -8,6 +8,7 @@ import torch
 from harmful import DTYPES, HARMFUL, needle, smooth
 
 import psa
+from psa.auto import ROWS_THAT_CHOOSE
 from psa.probe import sample_rows
 
 
@@ -51,6 +52,19 @@ def test_a_target_is_kept_on_harmful_inputs(name):
     assert bool((kept == 1.0).any()) == any("run dense" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("factor", [100.0, 1e3, 1e4])
+def test_an_outlier_key_is_never_averaged(factor):
+    """A mean of keys with a giant among them resembles none of them, and pooled importance does not see that."""
+    for seed in range(4):
+        q, k, v = smooth(2, 2048, 2048, seed=seed)
+        k[:, 0, 100 + 450 * seed] *= factor
+        true = dense(q, k, v)
+        out, plan = psa.psa_attention(q, k, v, density=0.15, return_plan=True)
+        assert_honest(plan, out, true)
+        assert plan.density <= 0.15 * 1.02 and float(relative(out, true)[0, 0]) < 0.05
+        assert float(relative(psa.psa_attention(q, k, v, target_error=0.05), true).max()) <= 1.2 * 0.05
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_needle_in_one_block_among_thousands_is_found(backend):
     q, k, v = smooth(1, 256, 16 * 2048, 16)
@@ -87,7 +101,7 @@ def test_what_the_report_does_not_see():
     """
     q, k, v = smooth(1, 4096, 4096, seed=2)
     config = psa.PSAConfig(density=0.05, sort_keys=False)
-    sampled = set(sample_rows(4096, 128, 1, config.probe_rows, 0, q.device).rows.flatten().tolist())
+    sampled = set(sample_rows(4096, 128, 1, config.probe_rows, ROWS_THAT_CHOOSE, 0, q.device).rows.flatten().tolist())
     hidden = [row for row in range(5, 4096, 1024) if row not in sampled]
     for place, row in enumerate(hidden):
         q[0, 0, row] = 0

@@ -9,9 +9,12 @@ from torch.nn import functional
 
 from .config import MASK_MODES, PSAConfig
 from .errors import ConfigError, ShapeError
+from .pyramid import group_means
 from .schedule import level_index
 from .values import MAX_LEVEL, Ratios, check_density, check_ratios, is_power_of_two, nearest
 
+OUTLYING = 5.0
+"""Times the median block's spread of keys above which a block is an outlier's."""
 DROPPED = 8
 """Level index that stands for a skipped block while levels are computed (no block is pooled 256 times)."""
 
@@ -290,6 +293,34 @@ def _tie_break(log_share: Tensor) -> Tensor:
     m, n = log_share.shape[-2:]
     steps = torch.arange(m * n, device=log_share.device, dtype=torch.float64)
     return ((steps * 0.6180339887498949) % 1.0 / 64).to(log_share.dtype).view(1, 1, m, n)
+
+
+def outlier_cap(
+    k: Tensor, power: Tensor, scale: float, block_n: int, at_most: float, key_mask: Tensor | None = None
+) -> Tensor:
+    """Level 1 for KV blocks whose keys lie so far apart that no mean can stand for them, as beside a giant outlier.
+
+    Importance of pooled keys does not see such a block. It is one whose spread of logits, ``½ · scale² · Σ_d w_d σ²_d``
+    nats over its keys, is more than ``OUTLYING`` times the median block's and one nat.
+
+    Args:
+        k: [B, Hkv, Lk, D]. power: w, float32 [B, H, D], see :func:`psa.memory.mean_square`.
+        at_most: share of a head's blocks, the most extreme ones; one of them in any case.
+
+    Returns:
+        uint8 [B, H, N], 1 or the coarsest level.
+    """
+    weight, keys = power.unflatten(1, (k.shape[1], -1)).mT, k.float()
+    energy = group_means(keys.square() @ weight, block_n, key_mask)
+    spread = energy - group_means(keys, block_n, key_mask).square() @ weight
+    spread = spread.masked_fill(spread < 1e-4 * energy, 0.0)  # rounding
+    nats = (0.5 * scale**2 * spread).nan_to_num(torch.inf, torch.inf).mT.flatten(1, 2)
+    blocks, ascending = nats.shape[-1], nats.sort(-1).values
+    usual = ascending[..., (blocks - 1) // 2, None].clamp(min=1)
+    some = min(blocks - 1, max(1, int(at_most * blocks)))
+    outlying = (nats > OUTLYING * usual) & (nats > ascending[..., blocks - 1 - some, None])
+    coarsest = torch.full_like(nats, min(block_n, MAX_LEVEL), dtype=torch.uint8)
+    return coarsest.masked_fill(outlying, 1)
 
 
 def similarity_cap(

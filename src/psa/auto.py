@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .allocate import BlockMask
+from .allocate import BlockMask, per_head
 from .candidates import (
     CAPS,
     VARIANTS,
@@ -38,15 +38,18 @@ UNLIKE, DISTRUST = 0.045, 1.25
 """Total variation between coarse and finer importance above which a head's coarse one is distrusted, and the factor on
 its candidates' squared errors then: finer importance is nearly always better there, which few probes often miss."""
 STEEPEST = 4.0
-"""Exponent of the density by which a curve of errors may fall between two measured points: a needle's falls off a
-cliff, and nobody knows where between them."""
+"""Exponent of the density beyond which a curve's fall between two measured points is a cliff: a needle's, or an
+outlier's. Nobody knows where between them it is, so the curve is flat up to the second."""
 MARGIN = 1.0
 """Spreads by which a measured error has to stay below ``target_error``."""
 TINY = torch.finfo(torch.float32).tiny
 CHOSEN_AT = 0.15
 """Density at which candidates are compared where no budget says it."""
-LADDER = (1 / 128, 1 / 64, 1 / 32, 0.06, 0.11, 0.2, 0.35, 0.65)
+LADDER = (1 / 128, 1 / 64, 1 / 32, 0.06, 0.11, 0.2, 0.35, 0.5, 0.7)
 """Densities at which error curves are measured."""
+ROWS_THAT_CHOOSE, ROWS_THAT_MEASURE = 3, 2
+"""Sampled rows of a query block. A further row costs a third of a further block and tells as much where errors of rows
+are alike; what is promised asks for more blocks, as errors may sit in few."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Layer:
             key_mask=self.key_mask,
         )
 
-    def sample(self, salt: int, count: int) -> Rows:
-        return sample_rows(self.q.shape[2], self.config.block_m, self.q.shape[1], count, salt, self.q.device)
+    def sample(self, salt: int, count: int, per_block: int) -> Rows:
+        return sample_rows(self.q.shape[2], self.config.block_m, self.q.shape[1], count, per_block, salt, self.q.device)
 
 
 @torch.no_grad()
@@ -159,7 +162,8 @@ def choose(layer: Layer) -> Choice:
     """
     config = layer.config
     step, tried = float(config.density or min(CHOSEN_AT, config.max_density)), candidates(config)
-    rows = layer.sample(0, config.probe_rows if not needs_curve(config) else -(-config.probe_rows // 2))
+    count = config.probe_rows if not needs_curve(config) else -(-config.probe_rows // 2)
+    rows = layer.sample(0, count, ROWS_THAT_CHOOSE)
     coarse, fine = _sampled_importance(layer, rows)
     squared, norms, _ = layer.errors(rows, _scored(layer, rows, step, coarse, fine))
     squared = squared.nan_to_num(CAPPED_ERROR, CAPPED_ERROR).flatten(3)
@@ -192,16 +196,17 @@ def settle(layer: Layer, choice: Choice) -> Choice:
     """
     config, target = layer.config, layer.config.target_error
     densities = constant(ladder(config), choice.candidate.device)
-    rows = layer.sample(1, config.probe_rows)
+    rows = layer.sample(1, config.probe_rows, ROWS_THAT_MEASURE)
     squared, norms, unit = layer.errors(rows, _on_ladder(layer, rows, choice, densities))
     squared = squared[..., 0, 0].nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
     errors, spreads = error_and_spread(squared, norms[..., None])
     if target is not None:
-        density = smallest_density(errors + MARGIN * spreads, densities, torch.full_like(choice.error, target))
+        margin = (MARGIN * spreads).nan_to_num(0.0)  # of a single query block nearly every row was measured
+        density = smallest_density(errors + margin, densities, torch.full_like(choice.error, target))
     else:
         assert config.density is not None
         total = squared.sum(2) * (unit / unit.amax(1, keepdim=True)).square()[..., None]  # heads in one unit
-        density = shared_densities(total, densities, config.density)
+        density = shared_densities(total, densities, config.density, least_densities(layer))
     found = (between(densities, x, density[..., None]).squeeze(-1) for x in (errors, spreads))
     settled = Choice(choice.candidate, density, *found)
     return settled.dense_where(density == 1)
@@ -254,8 +259,7 @@ def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tenso
 def between(densities: Tensor, values: Tensor, density: Tensor) -> Tensor:
     """Values [B, H, P] at ``densities`` [P], read at ``density`` [B, H, Q].
 
-    Linearly in logarithms, but falling no faster than ``density**-STEEPEST`` before the next of the densities; beyond
-    the ends as there.
+    Linearly in logarithms, but flat before a cliff (see ``STEEPEST``); beyond the ends as there.
     """
     x, y, at = densities.log(), values.clamp(min=TINY).log(), density.log()
     right = torch.searchsorted(x, at.contiguous()).clamp(max=len(densities) - 1)
@@ -266,8 +270,9 @@ def between(densities: Tensor, values: Tensor, density: Tensor) -> Tensor:
 
 
 def _slope(x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
-    """How fast y falls from one point to the next, at most STEEPEST."""
-    return ((y0 - y1) / (x1 - x0).clamp(min=1e-9)).clamp(max=STEEPEST)
+    """How fast y falls from one point to the next; not at all before a cliff."""
+    slope = (y0 - y1) / (x1 - x0).clamp(min=1e-9)
+    return slope.masked_fill(slope > STEEPEST, 0.0)
 
 
 def _falling(errors: Tensor) -> Tensor:
@@ -275,24 +280,46 @@ def _falling(errors: Tensor) -> Tensor:
     return errors.clamp(min=1e-20).flip(-1).cummax(-1).values.flip(-1).log()
 
 
-def shared_densities(squared: Tensor, densities: Tensor, budget: float, points: int = 256) -> Tensor:
+def least_densities(layer: Layer) -> Tensor:
+    """What pins and caps let a head keep at least, [1|B, 1|H]."""
+    mask, coarsest = layer.mask, 1.0 / layer.config.max_level
+    if mask.pinned is None and layer.cap is None:
+        return layer.power.new_full((1, 1), coarsest)
+    least = layer.power.new_full((1, 1, 1, 1), coarsest)
+    if layer.cap is not None:
+        least = 1.0 / per_head(layer.cap, layer.q.shape[1])[:, :, None].float()
+    if mask.pinned is not None:
+        least = torch.where(mask.pinned, 1.0, least)
+    if mask.visible is None:
+        return least.mean((2, 3))
+    return (least * mask.visible).sum((2, 3)) / mask.visible.sum((2, 3))
+
+
+def shared_densities(
+    squared: Tensor, densities: Tensor, budget: float, least: Tensor | None = None, points: int = 256
+) -> Tensor:
     """Densities [B, H] with mean ``budget`` that minimise the sum of squared errors over the heads of a layer.
 
     Curves [B, H, P] are made monotone and read on ``points`` densities, see :func:`between`, and fall to zero at
-    density 1; the multiplier is found by bisection.
+    density 1; the multiplier is found by bisection. No head keeps less than ``least`` [1|B, 1|H].
     """
     first, last = densities[0].log(), densities[-1].log()
     cost = (first + torch.linspace(0, 1, points, device=squared.device) * (last - first)).exp()
     errors = (0.5 * _falling(squared)).exp()
     curve = between(densities, errors, cost.expand(*squared.shape[:2], -1)).square()
-    curve, cost = functional.pad(curve, (0, 1)), functional.pad(cost, (0, 1), value=1.0)
+    curve, cost = functional.pad(curve, (0, 1)), functional.pad(cost, (0, 1), value=1.0).expand(*squared.shape[:2], -1)
+    cost = cost if least is None else torch.maximum(cost, least[..., None])
     low = torch.full_like(squared[:, :1, 0], -60.0)
     high = torch.full_like(low, 60.0)
+
+    def spent(multiplier: Tensor) -> Tensor:
+        return cost.gather(-1, (curve + multiplier.exp()[..., None] * cost).argmin(-1, keepdim=True)).squeeze(-1)
+
     for _ in range(48):
         middle = 0.5 * (low + high)
-        spent = cost[(curve + middle.exp()[..., None] * cost).argmin(-1)].mean(1, keepdim=True)
-        high, low = torch.where(spent <= budget, middle, high), torch.where(spent <= budget, low, middle)
-    density = cost[(curve + high.exp()[..., None] * cost).argmin(-1)]
+        enough = spent(middle).mean(1, keepdim=True) <= budget
+        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
+    density = spent(high)
     spare = (budget - density.mean(1, keepdim=True)).clamp(min=0)
     return (density + spare).clamp(max=1.0)
 

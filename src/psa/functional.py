@@ -112,7 +112,8 @@ def make_plan(
     Arguments as in :func:`psa_attention`, and:
 
     Args:
-        v: lets the automatic mode probe; without v it takes a fixed setting, and no error is known.
+        v: lets the automatic mode probe; without v and a choice to reuse it takes a fixed setting, no error is known,
+            and ``probes`` records nothing.
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
         state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
         probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
@@ -149,7 +150,7 @@ def _plan(
         check_importance(importance, q, blocks)
     if settings.mask_mode != "auto" or settings.type == "dense" or step is None:
         probes = None
-    choice = probes.choice(layer, step, settings, q) if probes is not None and step is not None else None
+    choice = probes.choice(layer, step, settings, q, k) if probes is not None and step is not None else None
     levels, power, caps, pairs, slope, chosen = ops.select(
         q,
         k,
@@ -181,7 +182,8 @@ def _plan(
         text=(text_length, text_position),
         reorder_state=next_state,
     )
-    if probes is not None and step is not None:
+    measured = choice is not None or v is not None
+    if probes is not None and step is not None and measured:
         probes.record(layer, step, plan, choice)
     return plan
 

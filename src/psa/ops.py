@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .allocate import allocate_by, block_mask, similarity_cap
+from .allocate import allocate_by, block_mask, outlier_cap, per_head, similarity_cap
 from .auto import Layer, select_auto, slope_shares
 from .autocast import unaffected
 from .backends import choose, planner
@@ -24,6 +24,10 @@ from .schedule import level_index
 SELECT_AT_ONCE = 1 << 25
 """Query elements above which a CPU plans heads one by one, so that a long sequence's scratch is that of one head. A
 GPU, which one head would leave idle, plans as many together as its own limit takes (:mod:`psa.memory`)."""
+
+
+OUTLIERS = 1 / 64
+"""Share of a head's KV blocks that the automatic mode keeps at level 1 as outliers', at most."""
 
 
 def _blocks(length: int, block: int) -> int:
@@ -91,11 +95,12 @@ def select(
     scored = scored.expand(shape)
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     if config.mask_mode == "auto":
+        power = mean_square(q)
+        cap = _with_outliers(cap, outlier_cap(k, power, scale, config.block_n, OUTLIERS, key_mask))
         allocate = None
         if device is not None and not config.published:
             allocate = partial(device.plan_levels, q, k, config, caps=cap, **where)
         finer = None if given is not None else _finer(q, k, config, scale, is_causal, key_mask)
-        power = mean_square(q)
         layer = Layer(q, k, v, power, scored.float(), mask, cap, config, scale, is_causal, key_mask, finer, allocate)
         levels, caps, shares, chosen = select_auto(layer, None if choice is None else Choice.unpack(choice))
         facts = torch.cat([chosen.pack(), concentration(scored)[..., None]], dim=-1)
@@ -114,6 +119,13 @@ def select(
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
     return levels, power, caps, pairs, slope_shares(scored, levels) if config.slope else none_half.clone(), none.clone()
+
+
+def _with_outliers(cap: Tensor | None, outliers: Tensor) -> Tensor | None:
+    """Both caps in one, [B, H, N]; on a CPU, which may look, None if nothing is capped."""
+    if cap is not None:
+        return torch.minimum(per_head(cap, outliers.shape[1]), outliers)
+    return None if outliers.device.type == "cpu" and not bool((outliers == 1).any()) else outliers
 
 
 def _finer(

@@ -161,10 +161,13 @@ class Plan:
         if config is None:
             return []
         notes = [] if self.choice is None else choice_notes(config, self.choice)
-        kept = self.density if config.share_heads else float(self.density_per_head.max())
-        if config.density is not None and kept > config.density * 1.02:
-            rest = f", above the {config.density:g} asked for"
-            if self.pinned_density > config.density:
+        kept, asked = self.density if config.share_heads else float(self.density_per_head.max()), config.density
+        if config.target_error is not None:
+            sparse = self.density_per_head[self.density_per_head < 1]
+            kept, asked = float(sparse.max()) if sparse.numel() else 0.0, config.max_density
+        if asked is not None and kept > asked * 1.02:
+            rest = f", above the {asked:g} asked for" if asked == config.density else f", above max_density {asked:g}"
+            if self.pinned_density > asked:
                 notes.append(f"pinned blocks alone take density {self.pinned_density:.3f}{rest}")
             else:
                 notes.append(f"pins and caps allow no less than density {kept:.3f}{rest}")

@@ -23,8 +23,6 @@ from .slope import FINE, centred, slope_mix
 CHUNK = 1 << 26
 """Elements held at a time on a CPU (256 MB in float32)."""
 GOLDEN = 0.6180339887498949
-ROWS_PER_BLOCK = 3
-"""Sampled rows of a query block: a further row costs a third of a further block and tells as much."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,13 @@ class Rows:
     rows: Tensor
 
 
-def sample_rows(length: int, block_m: int, heads: int, count: int, salt: int, device: torch.device) -> Rows:
-    """About ``count`` rows per head at low-discrepancy places that depend on ``salt`` only."""
+def sample_rows(
+    length: int, block_m: int, heads: int, count: int, per_block: int, salt: int, device: torch.device
+) -> Rows:
+    """About ``count`` rows per head, ``per_block`` of a query block where there are enough of these, at low-discrepancy
+    places that depend on ``salt`` only."""
     blocks = -(-length // block_m)
-    strata = min(blocks, -(-count // ROWS_PER_BLOCK))
+    strata = min(blocks, -(-count // per_block))
     each = -(-count // strata)
     stratum = torch.arange(strata, device=device, dtype=torch.float64).expand(heads, -1)
     place = ((stratum + 1) * GOLDEN + salt * math.sqrt(2)) % 1.0

@@ -29,6 +29,10 @@ class _Entry:
     settings: str
     choice: Tensor
     latest: Tensor
+    lengths: tuple[int | None, int | None] | None
+    """Of queries and keys; None where a file did not say."""
+    seen: int
+    """The latest step that used it."""
     moved: float | None = 0.0
     """Relative change of the concentration since the probe; None while it waits on the device."""
 
@@ -47,12 +51,12 @@ class ProbeState:
 
     ``layer`` is anything whose ``str`` names the layer in every run (two calls of one layer in a step, as with
     guidance, need two names); ``step`` is the whole number of the denoising step, read from the scheduler. Steps go up;
-    a step before the last probe's begins a new run.
+    one before the latest begins a new run. A run that begins at the latest step cannot be told from it: ``clear()``.
 
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
-    has moved by more than ``probe_drift`` in any head since it was made; then, for a step before the last probe's, and
-    under other settings, the next plan probes again. Every choice used is kept (a reused one once), so that a run can
-    be replayed bit for bit:
+    has moved by more than ``probe_drift`` in any head since it was made; then the next call probes again: the one that
+    drifted has used the old choice. New runs, other lengths and other settings are probed at once. Every choice used is
+    kept (a reused one once), so that a run can be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -67,7 +71,7 @@ class ProbeState:
         self.probed: list[tuple[str, int]] = []
         self._last: dict[str, _Entry] = {}
 
-    def choice(self, layer: object, step: int, config: Any, q: Tensor) -> Tensor | None:
+    def choice(self, layer: object, step: int, config: Any, q: Tensor, k: Tensor) -> Tensor | None:
         """The choice to reuse, on the device of q, or None when the layer has to be probed."""
         key = _key(layer, step)
         if self.replay:
@@ -81,7 +85,9 @@ class ProbeState:
                 raise PSAError(f"replay: layer {key[0]!r} was recorded with other settings: {self.settings[key]}")
             return choice.to(q.device)
         last = self._last.get(key[0])
-        if last is None or not 0 <= step - last.step < config.probe_every or last.choice.shape[:2] != q.shape[:2]:
+        if last is None or step < last.seen or step - last.step >= config.probe_every:
+            return None
+        if last.choice.shape[:2] != q.shape[:2] or last.lengths not in (None, (q.shape[2], k.shape[2])):
             return None
         if last.settings != config.key:
             return None
@@ -105,19 +111,20 @@ class ProbeState:
             self.history, self.settings, self.probed, self._last = {}, {}, [], {}
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None) -> None:
-        """Remembers what a plan chose. ``reused`` is what :meth:`choice` gave for it."""
+        """Remembers what a plan with v chose. ``reused`` is what :meth:`choice` gave for it."""
         if plan.choice is None or self.replay:
             return
         name, _ = key = _key(layer, step)
         if reused is None:
             assert plan.config is not None  # as of every plan with a choice
-            self._last[name] = _Entry(step, plan.config.key, plan.choice, plan.choice[..., CONCENTRATION])
+            facts, lengths = plan.choice[..., CONCENTRATION], (plan.length_q, plan.length_k)
+            self._last[name] = _Entry(step, plan.config.key, plan.choice, facts, lengths, step)
             if key in self.history:
                 self.probed = [other for other in self.probed if other != key]
             self.probed.append(key)
         else:
             last = self._last[name]
-            last.latest, last.moved = plan.choice[..., CONCENTRATION], None
+            last.latest, last.moved, last.seen = plan.choice[..., CONCENTRATION], None, step
         self.history[key], self.settings[key] = self._last[name].choice, self._last[name].settings
 
     def add(self, other: "ProbeState", prefix: str = "") -> None:
@@ -176,7 +183,9 @@ class ProbeState:
         for key in state.probed:
             if key in state.history:
                 choice = state.history[key]
-                state._last[key[0]] = _Entry(key[1], state.settings[key], choice, choice[..., CONCENTRATION])
+                used = max(step for (name, step), other in state.history.items() if name == key[0] and other is choice)
+                entry = _Entry(key[1], state.settings[key], choice, choice[..., CONCENTRATION], None, used)
+                state._last[key[0]] = entry
         return state
 
     def save(self, path: str | Path) -> None:

@@ -168,8 +168,8 @@ def allocate(
 
 
 def cap_indices(caps: Tensor) -> Tensor:
-    """log2 of caps in {1, 2, 4, 8}: uint8."""
-    return (caps > 1).to(torch.uint8) + (caps > 2) + (caps > 4)
+    """log2 of caps, powers of two up to 128: uint8."""
+    return torch.stack([caps >> e > 0 for e in range(1, 8)]).sum(0, dtype=torch.uint8)
 
 
 def select(
