@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from render_gpu import aot_table, gpu_picture, gpu_table
@@ -111,7 +112,7 @@ def targets_table(rows: list[Row]) -> str:
     for row in sorted(targets(rows), key=lambda row: row["target"]):
         for name in (row["target"], f"all of {row['arena']}", "all"):
             groups[name].append(row)
-    for name in (*TARGETS, *(f"all of {arena}" for arena in ARENAS), "all"):
+    for name in (*TARGETS, *(f"all of {arena}" for arena in (*ARENAS, "tiny")), "all"):
         group = groups[name]
         met = sum(r["error"] <= 1.2 * r["target"] for r in group) / len(group)
         away = sorted(abs(r["reported"] / r["error"] - 1) for r in group if r["kept"] < 1)
@@ -143,16 +144,29 @@ def shared_table(rows: list[Row]) -> str:
     lines.append("|---" * 7 + "|")
     found = defaultdict(dict)
     for row in rows:
-        if row["arena"] == "trained" and row["order"] == "Gilbert" and row.get("density") == 0.15:
+        if row["arena"] in ("trained", "tiny") and row["order"] == "Gilbert" and row.get("density") == 0.15:
             found[row["case"], row["importance"], row["method"]][row["head"]] = row
-    for case, source in sorted({key[:2] for key in found}):
+    bundled = []
+    for case, source in sorted({key[:2] for key in found if (*key[:2], "auto, shared") in found}):
         heads = [list(found[case, source, method].values()) for method in ("auto", "auto, shared")]
         each, shared = (math.sqrt(sum((r["error"] * r["norm"]) ** 2 for r in group)) for group in heads)
         norm = math.sqrt(sum(r["norm"] ** 2 for r in heads[0]))
-        kept = [f"{sum(r['kept'] for r in group) / len(group):.3f}" for group in heads]
-        cells = [*kept, f"{each / norm:.4f}", f"{shared / norm:.4f}", f"{shared / each:.2f}"]
-        lines.append(f"| {case} | {source} | " + " | ".join(cells) + " |")
+        kept = [sum(r["kept"] for r in group) / len(group) for group in heads]
+        values = (*kept, each / norm, shared / norm, shared / each)
+        if heads[0][0]["arena"] == "tiny":
+            bundled.append(values)
+        else:
+            lines.append(_shared_line(case, source, values))
+    if bundled:
+        means = [math.exp(sum(map(math.log, column)) / len(bundled)) for column in zip(*bundled, strict=True)]
+        lines.append(_shared_line(f"bundled model, mean of {len(bundled)}", "ours", means))
     return "\n".join(lines)
+
+
+def _shared_line(name: str, source: str, values: Sequence[float]) -> str:
+    digits = (3, 3, 4, 4, 2)
+    cells = " | ".join(f"{value:.{n}f}" for value, n in zip(values, digits, strict=True))
+    return f"| {name} | {source} | {cells} |"
 
 
 def cost_table(rows: list[Row]) -> str:

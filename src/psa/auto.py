@@ -40,8 +40,10 @@ its candidates' squared errors then: finer importance is nearly always better th
 STEEPEST = 4.0
 """Exponent of the density beyond which a curve's fall between two measured points is a cliff: a needle's, or an
 outlier's. Nobody knows where between them it is, so the curve is flat up to the second."""
-MARGIN = 1.0
+MARGIN = 1.25
 """Spreads by which a measured error has to stay below ``target_error``."""
+WEIGHT = 1 / 3
+"""Share of the rows that chose in how high a curve of errors lies; its shape is of fresh rows alone."""
 TINY = torch.finfo(torch.float32).tiny
 CHOSEN_AT = 0.15
 """Density at which candidates are compared where no budget says it."""
@@ -191,8 +193,9 @@ def _of(number: Tensor, squared: Tensor) -> Tensor:
 def settle(layer: Layer, choice: Choice) -> Choice:
     """A choice at the densities that ``target_error`` or a shared budget calls for.
 
-    Rows of their own measure what the chosen candidates err on a ladder of densities, and the density is read off that
-    curve; so is the error.
+    Rows of their own measure what the chosen candidates err on a ladder of densities; how high that curve lies, the
+    rows that chose help to tell, by what each half of them measures of the other's choice. The density is read off the
+    curve, and so is the error.
     """
     config, target = layer.config, layer.config.target_error
     densities = constant(ladder(config), choice.candidate.device)
@@ -200,12 +203,16 @@ def settle(layer: Layer, choice: Choice) -> Choice:
     squared, norms, unit = layer.errors(rows, _on_ladder(layer, rows, choice, densities))
     squared = squared[..., 0, 0].nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
     errors, spreads = error_and_spread(squared, norms[..., None])
+    there = between(densities, errors, choice.density[..., None]).clamp(min=TINY)
+    higher = (WEIGHT * (choice.error[..., None] / there).square() + 1 - WEIGHT).sqrt()
+    errors, spreads = higher * errors, higher * spreads
     if target is not None:
         margin = (MARGIN * spreads).nan_to_num(0.0)  # of a single query block nearly every row was measured
         density = smallest_density(errors + margin, densities, torch.full_like(choice.error, target))
     else:
         assert config.density is not None
-        total = squared.sum(2) * (unit / unit.amax(1, keepdim=True)).square()[..., None]  # heads in one unit
+        in_one_unit = higher * (unit / unit.amax(1, keepdim=True))[..., None]
+        total = in_one_unit.square() * squared.sum(2)
         density = shared_densities(total, densities, config.density, least_densities(layer))
     found = (between(densities, x, density[..., None]).squeeze(-1) for x in (errors, spreads))
     settled = Choice(choice.candidate, density, *found)

@@ -73,7 +73,8 @@ class PSAConfig:
         target_error: in auto mode, the relative error each head may have, instead of ``density``: the smallest density
             whose probed error meets it; heads that need more than ``max_density`` run dense.
         max_density: upper bound of what ``target_error`` may choose.
-        probe_rows: query rows per head whose exact attention is computed in a call that probes.
+        probe_rows: query rows per head whose exact attention is computed in a call that probes; half as many more with
+            ``target_error`` or ``share_heads``, where others choose than measure.
         probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
             change of the importance's concentration that ends it sooner.
         published: in auto mode, also try the published topk and thresholdbound, stretched to the density, on every
