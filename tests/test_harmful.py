@@ -94,6 +94,14 @@ def test_extreme_logits_of_bfloat16_stay_finite_and_are_reported(extreme, backen
     assert_honest(plan, out, dense(q, k, v))
 
 
+@pytest.mark.parametrize("asked", [{"density": 0.15}, {"target_error": 0.05}])
+def test_no_error_is_reported_where_there_is_no_number(asked):
+    q, k, v = smooth(2, 512, 512)
+    k[:, 1, 77] = math.nan
+    out, plan = psa.psa_attention(q, k, v, return_plan=True, **asked)
+    assert plan.error[0].isnan().tolist() == [False, True] and bool(out[:, 0].isfinite().all())
+
+
 def test_what_the_report_does_not_see():
     """The guarantee is statistical: it is about rows like those sampled. Rows that no probe lands on can be wrong.
 

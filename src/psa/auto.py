@@ -216,7 +216,7 @@ def settle(layer: Layer, choice: Choice) -> Choice:
         density = shared_densities(total, densities, config.density, least_densities(layer))
     found = (between(densities, x, density[..., None]).squeeze(-1) for x in (errors, spreads))
     settled = Choice(choice.candidate, density, *found)
-    return settled.dense_where(density == 1)
+    return settled.dense_where((density == 1) & errors.isfinite().all(-1))
 
 
 def handicap(candidate: Candidate, layer: Layer) -> float:
