@@ -98,7 +98,9 @@ def test_levels_and_schedule_are_those_of_torch(mode, kind):
         config = psa.PSAConfig(block_m=64, block_n=32, **MODES[mode])
         m, n = -(-lengths[0] // 64), -(-lengths[1] // 32)
         given = scores(kind, (1, 2, m, n), seed=m)
-        exponents = torch.randint(0, 4, (1, 1, n), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+        own = 2 if causal else 1  # caps of query heads, as outliers', or of KV heads
+        exponents = torch.randint(0, 6, (1, own, n), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+        assert torch.equal(select.cap_indices(2**exponents), exponents)
         caps = exponents if capped else None
         want = allocate_levels(
             given,
