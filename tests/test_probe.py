@@ -9,7 +9,7 @@ import psa
 import psa.auto
 from psa import ops
 from psa.allocate import BlockMask, allocate_levels, block_mask
-from psa.auto import between, error_and_spread, shared_densities, smallest_density, unlike
+from psa.auto import between, error_and_spread, ladder, shared_densities, smallest_density, unlike
 from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
 from psa.config import PUBLISHED_RATIOS
 from psa.errors import ConfigError, PSAError
@@ -295,6 +295,13 @@ def test_pins_above_max_density_are_told():
     q, k, v = tensors(1, 2, 2, 512, 512)
     plan = psa.plan(q, k, psa.PSAConfig(target_error=2.0, max_density=0.3), v=v, is_causal=True)
     assert plan.density > 0.3 and any("above max_density 0.3" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(("block_n", "least"), [(16, 1 / 16), (64, 1 / 64), (128, 1 / 128)])
+def test_the_ladder_begins_at_the_coarsest_plan(block_n, least):
+    densities = ladder(psa.PSAConfig(target_error=0.1, block_n=block_n))
+    assert densities[0] == least and list(densities) == sorted(set(densities))
+    assert ladder(psa.PSAConfig(target_error=0.1, block_n=block_n, max_density=least)) == (least,)
 
 
 @pytest.mark.parametrize("max_density", [1 / 64, 1 / 32])

@@ -151,8 +151,8 @@ def needs_curve(config: PSAConfig) -> bool:
 
 def ladder(config: PSAConfig) -> tuple[float, ...]:
     """The densities of a curve: those that can be chosen, but for 1, where nothing is wrong."""
-    top = config.max_density
-    below = tuple(d for d in LADDER if 1.0 / config.max_level <= d < top)
+    top, coarsest = config.max_density, 1.0 / config.max_level
+    below = tuple(d for d in (coarsest, *(d for d in LADDER if d > 1.1 * coarsest)) if d < top)
     return below if top == 1.0 else (*below, top)
 
 
