@@ -10,6 +10,11 @@ import torch
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """``torch.empty`` returns NaN while a test runs (PyTorch fills it in deterministic mode)."""

@@ -24,7 +24,7 @@ from .tiny.checker import matches
 from .tiny.scenes import Scene, parse
 from .video import likeness, to_uint8, write_video
 
-PROMPT = "a large red circle moving right and a small blue square staying still over waves"
+PROMPT = "a large yellow circle moving down and a small blue cross moving up over stripes"
 STEPS, GUIDANCE, FPS = 8, 4.0, 12
 WIDTH, HEIGHT, FRAMES = 128, 128, 33
 
