@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import psa
-from psa.allocate import BlockMask, allocate_levels, block_mask, similarity_cap
+from psa.allocate import BlockMask, allocate_levels, block_mask
+from psa.caps import similarity_cap
 from psa.errors import ConfigError, PSAError, ShapeError
 
 RATIOS = {1: (0.0, 0.1), 2: (0.1, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}

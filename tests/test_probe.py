@@ -9,9 +9,10 @@ import psa
 import psa.auto
 from psa import ops
 from psa.allocate import BlockMask, allocate_levels, block_mask
-from psa.auto import between, error_and_spread, ladder, shared_densities, smallest_density, unlike
+from psa.auto import error_and_spread, ladder, unlike
 from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
 from psa.config import PUBLISHED_RATIOS
+from psa.curves import between, shared_densities, smallest_density
 from psa.errors import ConfigError, PSAError
 from psa.importance import importance
 from psa.probe import Rows, Scored, row_errors, sample_rows

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .allocate import allocate_levels, similarity_cap
+from .allocate import allocate_levels
 from .backends import backends
+from .caps import similarity_cap
 from .config import PSAConfig
 from .errors import BackendError, ConfigError, PSAError, PSAWarning, ShapeError
 from .functional import attend, psa_attention

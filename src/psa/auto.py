@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .allocate import BlockMask, per_head
+from .allocate import BlockMask
 from .candidates import (
     CAPS,
     VARIANTS,
@@ -24,7 +23,9 @@ from .candidates import (
     levels_of,
     levels_of_all,
 )
+from .caps import per_head
 from .config import PSAConfig
+from .curves import TINY, between, shared_densities, smallest_density
 from .probe import Rows, Scored, row_errors, sample_rows
 
 CAPPED_ERROR = 1e3
@@ -37,14 +38,10 @@ the heads that gain by it err most, in rows that few probes see."""
 UNLIKE, DISTRUST = 0.045, 1.25
 """Total variation between coarse and finer importance above which a head's coarse one is distrusted, and the factor on
 its candidates' squared errors then: finer importance is nearly always better there, which few probes often miss."""
-STEEPEST = 4.0
-"""Exponent of the density beyond which a curve's fall between two measured points is a cliff: a needle's, or an
-outlier's. Nobody knows where between them it is, so the curve is flat up to the second."""
 MARGIN = 1.25
 """Spreads by which a measured error has to stay below ``target_error``."""
-WEIGHT = 1 / 3
-"""Share of the rows that chose in how high a curve of errors lies; its shape is of fresh rows alone."""
-TINY = torch.finfo(torch.float32).tiny
+CHOOSERS_SHARE = 1 / 3
+"""How much the rows that chose count in how high a curve of errors lies; its shape is of fresh rows alone."""
 CHOSEN_AT = 0.15
 """Density at which candidates are compared where no budget says it."""
 LADDER = (1 / 128, 1 / 64, 1 / 32, 0.06, 0.11, 0.2, 0.35, 0.5, 0.7)
@@ -204,7 +201,7 @@ def settle(layer: Layer, choice: Choice) -> Choice:
     squared = squared[..., 0, 0].nan_to_num(CAPPED_ERROR, CAPPED_ERROR)
     errors, spreads = error_and_spread(squared, norms[..., None])
     there = between(densities, errors, choice.density[..., None]).clamp(min=TINY)
-    higher = (WEIGHT * (choice.error[..., None] / there).square() + 1 - WEIGHT).sqrt()
+    higher = (CHOOSERS_SHARE * (choice.error[..., None] / there).square() + 1 - CHOOSERS_SHARE).sqrt()
     errors, spreads = higher * errors, higher * spreads
     if target is not None:
         margin = (MARGIN * spreads).nan_to_num(0.0)  # of a single query block nearly every row was measured
@@ -246,47 +243,6 @@ def error_and_spread(squared: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     return ratio.sqrt(), spread if count > 1 else torch.full_like(spread, torch.nan)
 
 
-def smallest_density(errors: Tensor, densities: Tensor, target: Tensor) -> Tensor:
-    """The smallest density on the curve through (densities, errors [B, H, P]) that meets ``target`` [B, H], else 1.
-
-    Errors are made monotone from the right and read as :func:`between` reads them; but not up to density 1, where the
-    error falls to zero at once.
-    """
-    log_target = target[..., None].log()
-    x, y = densities.log().expand_as(errors), _falling(errors)
-    meets = y <= log_target
-    first = meets.float().argmax(-1, keepdim=True)
-    before = (first - 1).clamp(min=0)
-    x0, x1, y0, y1 = (t.gather(-1, i) for t in (x, y) for i in (before, first))
-    found = torch.minimum(x0 + (y0 - log_target).clamp(min=0) / _slope(x0, x1, y0, y1).clamp(min=1e-9), x1)
-    found = torch.where(first == 0, x1, found).exp()
-    return torch.where(meets.any(-1, keepdim=True), found, torch.ones_like(found)).squeeze(-1)
-
-
-def between(densities: Tensor, values: Tensor, density: Tensor) -> Tensor:
-    """Values [B, H, P] at ``densities`` [P], read at ``density`` [B, H, Q].
-
-    Linearly in logarithms, but flat before a cliff (see ``STEEPEST``); beyond the ends as there.
-    """
-    x, y, at = densities.log(), values.clamp(min=TINY).log(), density.log()
-    right = torch.searchsorted(x, at.contiguous()).clamp(max=len(densities) - 1)
-    left = (right - 1).clamp(min=0)
-    x0, x1, y0, y1 = x[left], x[right], y.gather(-1, left), y.gather(-1, right)
-    found = y0 - _slope(x0, x1, y0, y1) * (at - x0)
-    return torch.where(at < x1, found, y1).exp()
-
-
-def _slope(x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
-    """How fast y falls from one point to the next; not at all before a cliff."""
-    slope = (y0 - y1) / (x1 - x0).clamp(min=1e-9)
-    return slope.masked_fill(slope > STEEPEST, 0.0)
-
-
-def _falling(errors: Tensor) -> Tensor:
-    """Logarithms of errors [B, H, P], monotone from the right."""
-    return errors.clamp(min=1e-20).flip(-1).cummax(-1).values.flip(-1).log()
-
-
 def least_densities(layer: Layer) -> Tensor:
     """What pins and caps let a head keep at least, [1|B, 1|H]."""
     mask, coarsest = layer.mask, 1.0 / layer.config.max_level
@@ -300,35 +256,6 @@ def least_densities(layer: Layer) -> Tensor:
     if mask.visible is None:
         return least.mean((2, 3))
     return (least * mask.visible).sum((2, 3)) / mask.visible.sum((2, 3))
-
-
-def shared_densities(
-    squared: Tensor, densities: Tensor, budget: float, least: Tensor | None = None, points: int = 256
-) -> Tensor:
-    """Densities [B, H] with mean ``budget`` that minimise the sum of squared errors over the heads of a layer.
-
-    Curves [B, H, P] are made monotone and read on ``points`` densities, see :func:`between`, and fall to zero at
-    density 1; the multiplier is found by bisection. No head keeps less than ``least`` [1|B, 1|H].
-    """
-    first, last = densities[0].log(), densities[-1].log()
-    cost = (first + torch.linspace(0, 1, points, device=squared.device) * (last - first)).exp()
-    errors = (0.5 * _falling(squared)).exp()
-    curve = between(densities, errors, cost.expand(*squared.shape[:2], -1)).square()
-    curve, cost = functional.pad(curve, (0, 1)), functional.pad(cost, (0, 1), value=1.0).expand(*squared.shape[:2], -1)
-    cost = cost if least is None else torch.maximum(cost, least[..., None])
-    low = torch.full_like(squared[:, :1, 0], -60.0)
-    high = torch.full_like(low, 60.0)
-
-    def spent(multiplier: Tensor) -> Tensor:
-        return cost.gather(-1, (curve + multiplier.exp()[..., None] * cost).argmin(-1, keepdim=True)).squeeze(-1)
-
-    for _ in range(48):
-        middle = 0.5 * (low + high)
-        enough = spent(middle).mean(1, keepdim=True) <= budget
-        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    density = spent(high)
-    spare = (budget - density.mean(1, keepdim=True)).clamp(min=0)
-    return (density + spare).clamp(max=1.0)
 
 
 def _sampled_importance(layer: Layer, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:

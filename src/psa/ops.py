@@ -10,12 +10,13 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .allocate import allocate_by, block_mask, outlier_cap, per_head, similarity_cap
+from .allocate import allocate_by, block_mask
 from .auto import Layer, select_auto, slope_shares
 from .autocast import unaffected
 from .backends import choose, planner
 from .backends.base import Selection
 from .candidates import Choice
+from .caps import outlier_cap, similarity_cap, with_outliers
 from .config import PSAConfig
 from .importance import block_scores, importance, measured_mass, score_rows
 from .memory import mean_square, scratch_elements
@@ -24,10 +25,6 @@ from .schedule import level_index
 SELECT_AT_ONCE = 1 << 25
 """Query elements above which a CPU plans heads one by one, so that a long sequence's scratch is that of one head. A
 GPU, which one head would leave idle, plans as many together as its own limit takes (:mod:`psa.memory`)."""
-
-
-OUTLIERS = 1 / 64
-"""Share of a head's KV blocks that the automatic mode keeps at level 1 as outliers', at most."""
 
 
 def _blocks(length: int, block: int) -> int:
@@ -96,7 +93,7 @@ def select(
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     if config.mask_mode == "auto":
         power = mean_square(q)
-        cap = _with_outliers(cap, outlier_cap(k, power, scale, config.block_n, OUTLIERS, key_mask))
+        cap = with_outliers(cap, outlier_cap(k, power, scale, config.block_n, key_mask))
         allocate = None
         if device is not None and not config.published:
             allocate = partial(device.plan_levels, q, k, config, caps=cap, **where)
@@ -119,13 +116,6 @@ def select(
     if ratio is not None:
         pairs = ratio.gather(-1, level_index(levels).clamp(min=0).long()[..., None]).squeeze(-1)
     return levels, power, caps, pairs, slope_shares(scored, levels) if config.slope else none_half.clone(), none.clone()
-
-
-def _with_outliers(cap: Tensor | None, outliers: Tensor) -> Tensor | None:
-    """Both caps in one, [B, H, N]; on a CPU, which may look, None if nothing is capped."""
-    if cap is not None:
-        return torch.minimum(per_head(cap, outliers.shape[1]), outliers)
-    return None if outliers.device.type == "cpu" and not bool((outliers == 1).any()) else outliers
 
 
 def _finer(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .allocate import DROPPED, BlockMask, apply_mask, levels_from, normalise, per_head
+from .allocate import DROPPED, BlockMask, apply_mask, levels_from, normalise
+from .caps import per_head
 from .config import PUBLISHED_RATIOS
 from .schedule import level_index
 

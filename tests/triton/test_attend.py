@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from cases import Case, check_layouts, make
 
 import psa
-from psa.allocate import similarity_cap
 from psa.backends import reference
 from psa.backends import triton as backend
 from psa.backends.triton.pool import build_pyramid
 from psa.backends.triton.transposed import readers
+from psa.caps import similarity_cap
 from psa.pyramid import group_means
 
 CASES = {
