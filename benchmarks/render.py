@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from render_gpu import aot_table, gpu_picture, gpu_table
-from render_tiny import likeness_table, match_table, tiny_picture, training_table
+from render_tiny import likeness_picture, likeness_table, match_table, tiny_picture, training_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -347,6 +347,7 @@ def main() -> None:
         page.write_text(fill(page.read_text(), found))
     calibration_picture(load("quality"))
     tiny_picture(RESULTS / "tiny_frames.npz", PICTURES / "tiny.png")
+    likeness_picture(load("tiny"), PICTURES / "tiny_curves.png")
     gpu_picture(gpu_rows(), PICTURES)
 
 

@@ -20,7 +20,11 @@ def average(values: Iterable[float]) -> float:
 def match_table(rows: list[Row]) -> str:
     """How often the checker sees what the prompt says, of one thing, of two and in all, and how much rarer by PSA."""
     by = {
-        method: {row["seed"]: row for row in rows if (row["method"], row["density"]) == (method, kept)}
+        method: {
+            row["seed"]: row
+            for row in rows
+            if (row["method"], row["density"], row["order"]) == (method, kept, "Gilbert")
+        }
         for method, kept in (("dense", 1.0), ("psa", 0.15))
     }
     shared = sorted(by["dense"].keys() & by["psa"].keys())
@@ -48,18 +52,50 @@ def below_dense(pairs: list[tuple[bool, bool]]) -> float:
     return (lost - won + 1.645 * math.sqrt(lost + won - (lost - won) ** 2 / count)) / count
 
 
-def likeness_table(rows: list[Row]) -> str:
-    """PSNR and SSIM to the dense clip by method and density, over the prompts that every setting was run on."""
-    by: dict[tuple[str, float], dict[int, Row]] = defaultdict(dict)
+def likeness(rows: list[Row]) -> list[Row]:
+    """Every setting but dense attention, averaged over the prompts that all settings were run on: "videos" of them."""
+    by: dict[tuple, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["method"] != "dense":
-            by[row["method"], row["density"]][row["seed"]] = row
+            by[row["order"], row["density"] or 0, row["method"]][row["seed"]] = row
     shared = set.intersection(*map(set, by.values())) if by else set()
-    lines = ["| method | density | videos | PSNR | SSIM | all seen |", "|" + "---|" * 6]
-    for (method, density), found in sorted(by.items(), key=lambda item: (item[0][1], item[0][0])):
-        psnr, ssim, seen = (average(found[seed][name] for seed in shared) for name in ("psnr", "ssim", "all"))
-        lines.append(f"| {method} | {density:g} | {len(shared)} | {psnr:.1f} dB | {ssim:.3f} | {seen:.0%} |")
+    return [
+        {"order": order, "density": density, "method": method, "videos": len(shared)}
+        | {name: average(found[seed][name] for seed in shared) for name in ("measured_density", "psnr", "ssim", "all")}
+        for (order, density, method), found in sorted(by.items())
+    ]
+
+
+def likeness_table(rows: list[Row]) -> str:
+    """PSNR and SSIM to the dense clip by order, density and method."""
+    lines = ["| order | density | method | kept | videos | PSNR | SSIM | all seen |", "|" + "---|" * 8]
+    for row in likeness(rows):
+        asked = f"{row['density']:g}" if row["density"] else "by threshold"
+        cells = row["order"], asked, row["method"], f"{row['measured_density']:.3f}", row["videos"]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['psnr']:.1f} dB | {row['ssim']:.3f} | {row['all']:.0%} |")
     return "\n".join(lines)
+
+
+def likeness_picture(rows: list[Row], picture: Path) -> None:
+    """SSIM to the dense clip over the density that was kept, a line per method, in Gilbert order."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8.5, 4.2), constrained_layout=True)
+    by = defaultdict(list)
+    for row in likeness(rows):
+        if row["order"] == "Gilbert":
+            by[row["method"]].append((row["measured_density"], row["ssim"]))
+    for method, points in by.items():
+        axis.plot(
+            *zip(*sorted(points), strict=True), marker="o", linewidth=2.5 if method == "psa" else 1.2, label=method
+        )
+    axis.set(xlabel="density kept", ylabel="SSIM to the dense clip", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(picture, dpi=90, metadata={"Software": None})
 
 
 def training_table(path: Path) -> str:

@@ -15,9 +15,9 @@ import arenas
 import quality
 
 import psa
+from psa.tiny import STEPS
 
 RESULTS = Path(__file__).parent / "results" / "reuse.jsonl"
-STEPS = 8
 
 
 def main() -> None:

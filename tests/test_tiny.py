@@ -266,6 +266,12 @@ def test_autoencoder_resumes_and_is_kept(tmp_path):
     assert torch.equal(again.encoder.conv_in.weight, vae.encoder.conv_in.weight)
 
 
+def test_of_several_processes_the_first_writes_what_they_start_from(tmp_path):
+    run = Run(tmp_path, 0, (Stage("native", 64, 17, 4, 3, 8, 1e-4),), Processes(1, 2))
+    start_from(run, path(), "native")
+    assert not any(tmp_path.iterdir())
+
+
 def test_training_goes_on_from_the_shipped_model(tmp_path):
     run = Run(tmp_path, 0, (Stage("parts", 48, 9, 2, 1, 2, 1e-4), Stage("native", 64, 17, 4, 3, 8, 1e-4)))
     start_from(run, path(), "native")
@@ -295,7 +301,7 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
     right = {"dense": Counter(), "psa": Counter()}
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
-        size = {"frames": 17, "steps": 8}
+        size = {"frames": 17}
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
         with psa.enable(pipe, config=demo.rivals(0.28)["psa"], min_queries=0):
             right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))

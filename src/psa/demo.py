@@ -20,13 +20,12 @@ from .errors import PSAError
 from .extras import need
 from .functional import make_plan, psa_attention
 from .pictures import demo_picture
+from .tiny import FPS, FRAMES, GUIDANCE, HEIGHT, STEPS, WIDTH
 from .tiny.checker import matches
 from .tiny.scenes import Scene, parse
 from .video import likeness, to_uint8, write_video
 
 PROMPT = "a large yellow circle moving down and a small blue cross moving up over stripes"
-STEPS, GUIDANCE, FPS = 8, 4.0, 12
-WIDTH, HEIGHT, FRAMES = 128, 128, 33
 
 
 @dataclass(frozen=True)

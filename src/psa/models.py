@@ -42,7 +42,8 @@ BLADE = ("GYP666/BLADE", "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors
 
 MODELS = {
     "tiny": VideoModel(
-        str(tiny.path()), 128, 128, 33, steps=8, guidance=4.0, fps=12, multiple=16, frame_step=2
+        str(tiny.path()), tiny.WIDTH, tiny.HEIGHT, tiny.FRAMES,
+        steps=tiny.STEPS, guidance=tiny.GUIDANCE, fps=tiny.FPS, multiple=16, frame_step=2,
     ),
     "wan21_1.3b": VideoModel("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1280, 720, 69, flow_shift=5.0),
     "wan21_14b": VideoModel(

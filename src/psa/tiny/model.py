@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .scenes import BACKDROPS, COLOURS, MOTIONS, SHAPES, SIZES
 
 CHANNELS = 16  # of a latent
-WIDTH, HEIGHT, FRAMES = 128, 128, 33  # native size: 17 × 16 × 16 latents, one token each
 SPATIAL, TEMPORAL = 8, 2  # pixels and frames per latent
 
 

@@ -1,7 +1,7 @@
 """Trains the tiny text-to-video model: ``python -m psa.tiny.train --output runs/tiny``.
 
 The autoencoder comes first, then transformer and text encoder together by flow matching, from small clips to native
-ones. A run that is interrupted continues where it was when started again with the same ``--output``; ``--start``
+ones. A run that is interrupted continues where it was when started again with the same ``--output``; ``--from``
 continues from a finished checkpoint, such as the shipped one, with ``--from-stage`` naming where.
 
 Processes on several cores share every batch: ``torchrun --nproc-per-node 2 -m psa.tiny.train --output runs/tiny``.
@@ -274,8 +274,9 @@ def start_from(run: Run, folder: Path, stage: str) -> None:
     run.student.load_state_dict(finished.state_dict())
     run.average = [value.detach().clone() for value in run.student.parameters()]
     run.stage = names.index(stage)
-    weights, config = pipe.vae.state_dict(), pipe.vae.config
-    write(run.folder / "vae.pt", {"weights": weights, "mean": config.latents_mean, "std": config.latents_std})
+    if run.processes.is_first:
+        weights, config = pipe.vae.state_dict(), pipe.vae.config
+        write(run.folder / "vae.pt", {"weights": weights, "mean": config.latents_mean, "std": config.latents_std})
     run.save()
 
 
@@ -291,8 +292,10 @@ def main(
     seed: int = 0,
     vae_steps: Annotated[tuple[int, int], typer.Option(help="Of the autoencoder: compact, then sharp.")] = (1400, 1200),
     scale: Annotated[float, typer.Option(help="Multiplies every stage's steps and clips.", min=0.001)] = 1.0,
-    start: Annotated[str, typer.Option(help="'shipped' or a finished checkpoint's folder to go on from.")] = "",
-    from_stage: Annotated[str, typer.Option(help="With --start: the stage to begin.")] = "close",
+    start: Annotated[
+        str, typer.Option("--from", help="'shipped' or a finished checkpoint's folder to go on from.")
+    ] = "",
+    from_stage: Annotated[str, typer.Option(help="With --from: the stage to begin.")] = "close",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
