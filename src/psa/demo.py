@@ -25,7 +25,7 @@ from .tiny.checker import matches
 from .tiny.scenes import Scene, parse
 from .video import likeness, to_uint8, write_video
 
-PROMPT = "a large yellow circle moving down and a small blue cross moving up over stripes"
+PROMPT = "a large magenta square moving left over clouds"
 
 
 @dataclass(frozen=True)
