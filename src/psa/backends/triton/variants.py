@@ -87,6 +87,7 @@ SHAPES = (
     Shape(dim=256, row_bias=True, pair_bias=True, causal=True, label="every-option-wide"),
     Shape(dim=64, dtype="fp16", label="half"),
     Shape(dim=64, dtype="fp32", label="single"),
+    Shape(dtype="fp32", label="single-128"),
 )
 
 
