@@ -120,7 +120,7 @@ def test_a_model_psa_has_no_entry_for(checkpoints, tmp_path):
 
 
 def test_offload_makes_the_same_video(checkpoints, tmp_path, monkeypatch, frames):
-    monkeypatch.setattr("psa.request.check_device", lambda request: None)  # diffusers offloads to a CPU as well
+    monkeypatch.setattr("psa.request.check_offload", lambda request: None)  # diffusers offloads to a CPU as well
     folder, made = checkpoints("wan22_a14b"), []
     for offload in (None, "model"):
         out = {"output_dir": str(tmp_path / str(offload)), "device": "cpu", "offload": offload}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import PSAConfig
+from .devices import pick_device
 from .errors import PSAError
 from .functional import attend, make_plan, psa_attention
 from .measure import relative_error, seconds
@@ -93,7 +94,7 @@ def bench(
 
     dtype: default bfloat16 on a GPU, where dense float32 attention has no fast kernel, and float32 on a CPU.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(pick_device(device))
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     chosen, lengths, densities = list(backends), list(lengths), list(densities)
     for head_dim in head_dims:

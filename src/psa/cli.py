@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 ConfigFile = Annotated[
     Path | None, typer.Option("--attention_config", help="YAML file of presets; else $PSA_CONFIG, else ./configs/.")
 ]
+Device = Annotated[str | None, typer.Option("--device", help="Default: cuda where there is one.")]
 Density = Annotated[float | None, typer.Option("--density", help="Share of dense attention's work to keep, in (0, 1].")]
 
 
@@ -134,10 +135,12 @@ def inspect(
         "outputs/inspect.png"
     ),
     attention_config: ConfigFile = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Level map, density per head, level histogram, and error against dense attention."""
     from . import presets
+    from .devices import pick_device
     from .functional import resolve_config
     from .inspect import inspect as run
     from .inspect import load_qkv
@@ -145,8 +148,9 @@ def inspect(
     if preset and not model and "/" not in preset:
         raise PSAError("--preset: say of which model with --model, or give section/preset")
     chosen = presets.get(model or "", preset, attention_config) if model or preset else None
-    config = resolve_config(chosen, density)
+    config, place = resolve_config(chosen, density), pick_device(device)
     q, k, v, found = load_qkv(source, prefix)
+    q, k, v = (tensor.to(place) for tensor in (q, k, v))
     result = run(q, k, v, config, grid=grid or (None if causal else found), is_causal=causal, picture=output)
     if as_json:
         return print_json(result.to_dict())
@@ -175,6 +179,7 @@ def bench(
         str, typer.Option("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, else float32.")
     ] = "",
     causal: Annotated[bool, typer.Option("--causal")] = False,
+    device: Device = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", help="Append rows to this .jsonl file; a plot goes beside it.")
@@ -204,6 +209,7 @@ def bench(
             heads=heads,
             dtype=kinds[dtype] if dtype else None,
             is_causal=causal,
+            device=device,
             repeats=repeats,
         )
         for row in found:
@@ -239,6 +245,7 @@ def demo(
     density: Annotated[float, typer.Option("--density", help="Share of dense attention's work that PSA keeps.")] = 0.15,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("outputs/demo"),
+    device: Annotated[str, typer.Option("--device", help="Where to make it.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """A clip by the bundled text-to-video model, with dense attention and with PSA, side by side and in numbers."""
@@ -250,7 +257,7 @@ def demo(
     with progress() as bar:
         tasks = {name: bar.add_task(name, total=room.STEPS) for name in ("dense", "psa")}
         result = room.run(
-            prompt or room.PROMPT, output_dir, density=density, seed=seed,
+            prompt or room.PROMPT, output_dir, density=density, seed=seed, device=device,
             on_step=lambda method, step: bar.update(tasks[method], completed=step),
         )  # fmt: skip
     if as_json:

@@ -16,9 +16,11 @@ from torch import Tensor
 from . import tiny
 from .checkpoint import Checkpoint
 from .config import PUBLISHED_RATIOS, PSAConfig
+from .devices import pick_device
 from .errors import PSAError
 from .extras import need
 from .functional import make_plan, psa_attention
+from .integrations import enable
 from .pictures import demo_picture
 from .tiny import FPS, FRAMES, GUIDANCE, HEIGHT, STEPS, WIDTH
 from .tiny.checker import matches
@@ -139,6 +141,7 @@ def run(
     density: float = 0.15,
     seed: int = 0,
     steps: int = STEPS,
+    device: str = "cpu",
     on_step: Callable[[str, int], None] = lambda method, step: None,
 ) -> DemoResult:
     """Makes the prompt's clip twice from one seed; writes ``demo.mp4``, ``demo.png`` and ``demo.json``.
@@ -146,21 +149,20 @@ def run(
     Args:
         prompt: of the grammar :data:`psa.tiny.scenes.GRAMMAR`.
         density: share of dense attention's work that PSA keeps.
+        device: cpu, cuda or cuda:N.
         on_step: called as ``on_step("dense" or "psa", step)`` after every step of each.
 
     Raises:
-        ConfigError: with the grammar, for a prompt that is not of it.
+        ConfigError: with the grammar, for a prompt that is not of it; for a device that is not there.
     """
-    from .integrations import enable
-
-    scene, config = parse(prompt), rivals(density)["psa"]
+    scene, config, place = parse(prompt), rivals(density)["psa"], pick_device(device)
     for module, extra in (("diffusers", "diffusers"), ("av", "diffusers"), ("matplotlib", "report")):
         need(module, extra)
     need("skimage.metrics", "report")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline()
-    _warm_up(config)
+    pipe = load_pipeline().to(place)
+    _warm_up(pipe, config)
     blocks = len(pipe.transformer.blocks)
     middle = 2 * blocks * (steps // 2) + blocks // 2  # a middle layer at the middle step, of the pass with text
     with captured(pipe.transformer, lambda call: call == middle) as kept:
@@ -185,10 +187,15 @@ def run(
     return result
 
 
-def _warm_up(config: PSAConfig) -> None:
-    """Compiles the CPU engine, so that its one-time cost is not taken for PSA's."""
-    x = torch.randn(1, 1, 512, 64)
-    psa_attention(x, x, x, config=config)
+def _warm_up(pipe: Any, config: PSAConfig) -> None:
+    """Compiles the CPU engine, or a GPU's kernels for clips of this size, so that this is not taken for PSA's cost."""
+    if pipe.device.type == "cpu":
+        x = torch.randn(1, 1, 512, 64)
+        psa_attention(x, x, x, config=config)
+        return
+    make_video(pipe, PROMPT, 0, 1)
+    with enable(pipe, config=config):
+        make_video(pipe, PROMPT, 0, 1)
 
 
 def _draw(

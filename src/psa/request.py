@@ -7,6 +7,7 @@ from pathlib import Path
 from . import presets
 from .checkpoint import Checkpoint, lora_file
 from .config import PSAConfig, nearest
+from .devices import pick_device
 from .errors import ConfigError, one_line
 from .extras import need
 from .functional import resolve_config
@@ -99,9 +100,7 @@ class GenerateRequest:
     @property
     def place(self) -> str:
         """The device to run on."""
-        import torch
-
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device(self.device)
 
     def config(self) -> PSAConfig | None:
         """PSA's settings; None when dense."""
@@ -155,7 +154,7 @@ def check(request: GenerateRequest) -> None:
     for name, degree in request.context_parallel.items():
         if name not in ("ulysses", "ring") or degree < 1:
             raise ConfigError(f"context_parallel: {name}={degree}; expected ulysses=N and/or ring=N")
-    check_device(request)
+    check_offload(request)
     if request.image and not Path(request.image).is_file():
         raise ConfigError(f"image: {request.image}: no such file")
     if request.image and request.known and not request.known.image and not request.model_path:
@@ -177,17 +176,8 @@ def check(request: GenerateRequest) -> None:
     check_packages(request)
 
 
-def check_device(request: GenerateRequest) -> None:
-    import torch
-
-    try:
-        kind = torch.device(request.place).type
-    except RuntimeError as error:
-        raise ConfigError(f"device: {request.place!r} is no device; expected cuda, cuda:N or cpu") from error
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if kind not in ("cpu", found.type if found is not None else "cpu"):
-        raise ConfigError(f"device: {request.place!r} is not available; this machine has {found or 'only its CPU'}")
-    if request.offload and kind == "cpu":
+def check_offload(request: GenerateRequest) -> None:
+    if request.place.startswith("cpu") and request.offload:
         raise ConfigError(
             "offload: keeps weights on the CPU until a GPU needs them, and this runs on the CPU; leave it out"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import media
 from .config import PSAConfig
+from .devices import pick_device
 from .errors import PSAError, one_line
 from .extras import need, quiet_loading
 from .integrations.transformers import choose_config, enable_model
@@ -196,7 +197,7 @@ def load(name: str, *, config: Any = None, dtype: str = "auto", device: str | No
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     prepare = Preparer(source, config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     placed = {} if device == "cpu" else {"device_map": device}
     try:

@@ -44,7 +44,9 @@ def video_mme(
     """Video-MME: accuracy by duration, dense and with PSA. Stop and start again as you like."""
     from .. import evaluate as room
     from .. import understand
+    from ..devices import pick_device
 
+    device = pick_device(device)
     modes = {"dense": ("dense",), "psa": ("psa",), "both": ("dense", "psa")}.get(mode)
     if modes is None:
         raise PSAError(f"--mode: {mode!r} is not one of dense, psa, both")

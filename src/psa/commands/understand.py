@@ -48,8 +48,10 @@ def understand(
 ) -> None:
     """Ask about images or a video; see time to first token, density, and how far PSA's answer agrees."""
     from .. import understand as room
+    from ..devices import pick_device
 
     room.check_prompt(prompt)
+    device = pick_device(device)
     sampling = {"frames": frames, "fps": fps, "max_pixels": max_pixels}
     room.check_inputs(inputs, kind, **sampling)
     sparse = {"preset": preset, "density": density, "attention_config": str(attention_config or "") or None}
