@@ -16,6 +16,8 @@ from pathlib import Path
 from render_gpu import aot_table, gpu_picture, gpu_table
 from render_tiny import likeness_picture, likeness_table, match_table, tiny_picture, training_table
 
+from psa.pictures import pyplot
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*/*.md"))]
@@ -319,13 +321,8 @@ def ablation_table(rows: list[Row]) -> str:
 
 
 def calibration_picture(rows: list[Row]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     plt.rcParams["svg.hashsalt"] = "psa"
-
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     group = [row for row in targets(rows) if row["kept"] < 1]
     for axis, name in zip(axes, ("target", "reported"), strict=True):

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from pathlib import Path
 
+from psa.pictures import pyplot
+
 Row = dict
 KERNELS = (
     "_psa_fwd_kernel/wan", "_psa_fwd_kernel/every-option", "_psa_fwd_kernel/cogvideo", "_psa_fwd_kernel/qwen",
@@ -59,11 +61,7 @@ def gpu_picture(rows: list[Row], folder: Path) -> None:
     latest = timed(rows)
     if not latest:
         return
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     plt.rcParams["svg.hashsalt"] = "psa"
     gpus = sorted({gpu for gpu, _, _ in latest})
     figure, axes = plt.subplots(len(gpus), 1, figsize=(10, 5 * len(gpus)), squeeze=False)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from psa.pictures import pyplot
 from psa.tiny.train import Stage
 
 Row = dict
@@ -78,12 +79,7 @@ def likeness_table(rows: list[Row]) -> str:
 
 def likeness_picture(rows: list[Row], picture: Path) -> None:
     """SSIM to the dense clip over the density that was kept, a line per method, in Gilbert order."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8.5, 4.2), constrained_layout=True)
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.2), constrained_layout=True)
     by = defaultdict(list)
     for row in likeness(rows):
         if row["order"] == "Gilbert":
@@ -115,16 +111,13 @@ def training_table(path: Path) -> str:
 
 def tiny_picture(clips_file: Path, picture: Path) -> None:
     """Frames of one prompt by every method that ``benchmarks/tiny.py --frames`` kept, side by side."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
     with np.load(clips_file) as file:
         prompt, clips = str(file["prompt"]), {name: file[name] for name in file.files if name != "prompt"}
     count = len(next(iter(clips.values())))
-    figure, axes = plt.subplots(len(clips), count, figsize=(1.7 * count, 1.75 * len(clips)), constrained_layout=True)
+    size = (1.7 * count, 1.75 * len(clips))
+    figure, axes = pyplot().subplots(len(clips), count, figsize=size, constrained_layout=True)
     for row, (name, frames) in zip(axes, clips.items(), strict=True):
         for axis, frame in zip(row, frames, strict=True):
             axis.imshow(frame)
