@@ -71,7 +71,7 @@ def trained(path: Path | str = TRAINED) -> list[Case]:
         ]
 
 
-def tiny(steps: tuple[int, ...] = (1, 4, 6), seed: int = 0) -> list[Case]:
+def tiny(steps: tuple[int, ...] = (1, 7, 10), seed: int = 0) -> list[Case]:
     """Every layer of the bundled model at some of its denoising steps, on one prompt it was not trained on."""
     from psa import demo
     from psa.tiny.scenes import sample_scene

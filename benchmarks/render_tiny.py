@@ -11,6 +11,12 @@ from psa.pictures import pyplot
 from psa.tiny.train import Stage
 
 Row = dict
+MATCHED = {
+    "dense": ("dense", 1.0, "Gilbert"),
+    "psa, hybrid order": ("psa", 0.15, "hybrid"),
+    "psa, Gilbert order": ("psa", 0.15, "Gilbert"),
+}
+"""Rows of the first table: method, density, order."""
 
 
 def average(values: Iterable[float]) -> float:
@@ -21,26 +27,21 @@ def average(values: Iterable[float]) -> float:
 def match_table(rows: list[Row]) -> str:
     """How often the checker sees what the prompt says, of one thing, of two and in all, and how much rarer by PSA."""
     by = {
-        method: {
-            row["seed"]: row
-            for row in rows
-            if (row["method"], row["density"], row["order"]) == (method, kept, "Gilbert")
-        }
-        for method, kept in (("dense", 1.0), ("psa", 0.15))
+        name: {row["seed"]: row for row in rows if (row["method"], row["density"], row["order"]) == setting}
+        for name, setting in MATCHED.items()
     }
-    shared = sorted(by["dense"].keys() & by["psa"].keys())
-    both = [seed for seed in shared if " and " in by["dense"][seed]["prompt"]]
-    counts = {"one": [seed for seed in shared if seed not in both], "two": both, "all": shared}
-    counts = {things: seeds for things, seeds in counts.items() if seeds}
+    dense = by["dense"]
     names = "| method | things | videos | attention work | colour | shape | motion | all | below dense by |"
     lines = [names, "|" + "---|" * 9]
-    for (things, seeds), method in itertools.product(counts.items(), by):
-        chosen = [by[method][seed] for seed in seeds]
-        rates = (f"{average(row[name] for row in chosen):.1%}" for name in ("colour", "shape", "motion", "all"))
-        bound = below_dense([(by["dense"][seed]["all"], by["psa"][seed]["all"]) for seed in seeds])
-        below = "" if method == "dense" else f"≤ {100 * bound:.1f} points"
-        work = average(row["measured_density"] for row in chosen)
-        lines.append(f"| {method} | {things} | {len(chosen)} | {work:.3f} | {' | '.join(rates)} | {below} |")
+    for things, (name, found) in itertools.product(("one", "two", "all"), by.items()):
+        group = [row for row in found.values() if things in ("all", "two" if " and " in row["prompt"] else "one")]
+        if not group:
+            continue
+        rates = (f"{average(row[what] for row in group):.1%}" for what in ("colour", "shape", "motion", "all"))
+        bound = below_dense([(dense[row["seed"]]["all"], row["all"]) for row in group])
+        below = "" if name == "dense" else f"≤ {100 * bound:.1f} points"
+        work = average(row["measured_density"] for row in group)
+        lines.append(f"| {name} | {things} | {len(group)} | {work:.3f} | {' | '.join(rates)} | {below} |")
     return "\n".join(lines)
 
 

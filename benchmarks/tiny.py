@@ -53,7 +53,7 @@ class Setting:
 
 
 DENSE = Setting("dense", 1.0)
-PAIR = (DENSE, Setting("psa", 0.15))
+MATCH = (DENSE, Setting("psa", 0.15, "hybrid"), Setting("psa", 0.15))
 METHODS = (
     "psa",
     "proportional, variance",
@@ -108,7 +108,7 @@ def keep_frames(pipe, prompt: str, steps: int, density: float = 0.1, count: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, help="default 208, and 4 for curves")
-    parser.add_argument("--curves", action="store_true", help="many settings instead of dense and PSA at .15")
+    parser.add_argument("--curves", action="store_true", help="many settings instead of dense attention and PSA at .15")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--model", default=str(path()))
     parser.add_argument("--part", default="0/1", help="i/n: every n-th video from the i-th, to share the work")
@@ -124,7 +124,7 @@ def main() -> None:
     videos = args.videos or (4 if args.curves else 208)
     for seed, scene in list(enumerate(scenes(videos)))[first::stride]:
         dense = None
-        for setting in CURVES if args.curves else PAIR:
+        for setting in CURVES if args.curves else MATCH:
             if (seed, args.steps, setting) in done:
                 continue
             if dense is None and setting != DENSE:

@@ -295,16 +295,15 @@ def test_it_is_small():
 
 @pytest.mark.long
 def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
-    """Clips of half the native length, to keep this short, at the density that keeps as many blocks per query block as
-    .15 does at native length; benchmarks/tiny.py makes native ones."""
+    """Single things in few steps, to keep this short; benchmarks/tiny.py makes hundreds of clips as they are meant."""
     rng = random.Random("a dozen")
     right = {"dense": Counter(), "psa": Counter()}
+    config = demo.rivals(0.15)["psa"].replace(rearrange_method="hybrid")
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
-        size = {"frames": 17}
-        right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
-        with psa.enable(pipe, config=demo.rivals(0.28)["psa"], min_queries=0):
-            right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, **size)))
+        right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 7)))
+        with psa.enable(pipe, config=config):
+            right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 7)))
     # A guess gets colour, shape and motion right once in 144.
     assert right["dense"]["colour"] >= 11 and right["dense"]["all"] >= 10, right
     assert right["psa"]["colour"] >= 11 and right["psa"]["all"] >= right["dense"]["all"] - 2, right
@@ -350,7 +349,7 @@ def test_it_is_a_checkpoint_like_any_other(tmp_path):
         ],
     )
     assert told.exit_code == 0, told.output
-    assert "it/s" not in told.stderr, "no bars of loading"
+    assert "it/s]" not in told.stderr, "no bars of loading"
     for name in ("video_0000", "video_0001"):
         assert read_video(tmp_path / f"{name}.mp4").shape == (9, 64, 64, 3)
         record = json.loads((tmp_path / f"{name}.json").read_text())

@@ -7,7 +7,7 @@ grammar of its captions, ``psa.tiny.checker`` reads off what a clip shows, ``psa
 from pathlib import Path
 
 WIDTH, HEIGHT, FRAMES = 128, 128, 33  # native size: 17 × 16 × 16 latents, one token each
-STEPS, GUIDANCE, FPS = 8, 4.0, 12  # how its clips are sampled and shown
+STEPS, GUIDANCE, FPS = 12, 4.0, 12  # how its clips are sampled and shown
 
 
 def path() -> Path:

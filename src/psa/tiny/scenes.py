@@ -33,8 +33,9 @@ MOTIONS = {
     "growing": (0.0, 0.0),
 }
 BACKDROPS = ("stripes", "checks", "clouds", "waves")
-SPEED, GROWTH = 1.4, 0.35  # pixels per frame: of a moving shape, and of a growing shape's radius
-NEAR, FAR, AWRY = 4.0, 10.0, 8.0  # pixels: least and greatest gap between two things, and how far they stand off a line
+SPEED, GROWTH = 1.0, 0.24  # pixels per frame: of a moving shape, and of a growing shape's radius
+NEAR, FAR, AWRY = 4.0, 8.0, 5.0  # pixels: least and greatest gap between two things, and how far they stand off a line
+LIGHT, COOLNESS = 0.4, 0.12  # how much brighter the left edge is than the right, and bluer the top than the bottom
 GRAMMAR = (
     "a {small|large} {" + "|".join(COLOURS) + "} {" + "|".join(SHAPES) + "} {" + "|".join(MOTIONS) + "} "
     "[and a second such object of another colour, right of the first] over {" + "|".join(BACKDROPS) + "}"
@@ -134,12 +135,13 @@ def _places(
 ) -> list[tuple[Tensor, ...]]:
     """Centre x, y and radius over time of every thing, inside the canvas and clear of each other.
 
-    Two things stand side by side, the first on the left; or the first above the second and a little to its left,
-    where what they do leaves no room for that. On canvases with no room for either they may touch or leave.
+    Two things stand side by side, the first on the left; or the first above the second and a little to its left, where
+    one moves left and the other right, or the canvas is too narrow. Where it is too low as well, they may touch.
     """
     canvas, largest = (width, height), 0.45 * min(height, width)
     plain = [_track(thing, frames, largest) for thing in things]
-    axis = 0 if _fits(_apart(plain, 0, NEAR), canvas) else 1
+    opposed = {thing.motion for thing in things} == {"moving left", "moving right"}
+    axis = 0 if not opposed and _fits(_apart(plain, 0, NEAR), canvas) else 1
     group = plain
     for _ in range(50):
         group = [_track(thing, frames, largest, rng.uniform(0.92, 1.08), rng.uniform(0.85, 1.15)) for thing in things]
@@ -183,9 +185,10 @@ def _fits(group: list[Track], canvas: tuple[int, int]) -> bool:
 
 
 def _put(group: list[Track], canvas: tuple[int, int], rng: random.Random) -> list[Track]:
-    """The group anywhere on the canvas, in its middle along an axis that is too short for it."""
+    """One thing anywhere on the canvas, two about its middle; in the middle along an axis that is too short."""
     rooms = [_room(group, axis, extent) for axis, extent in enumerate(canvas)]
-    left, top = (rng.uniform(low, high) if low < high else 0.5 * (low + high) for low, high in rooms)
+    spread = 0.5 if len(group) == 1 else 0.25
+    left, top = (0.5 * (low + high) + rng.uniform(-spread, spread) * max(0.0, high - low) for low, high in rooms)
     return [(x + left, y + top, radius) for x, y, radius in group]
 
 
@@ -203,7 +206,11 @@ def _distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
 
 
 def _backdrop(kind: str, time: Tensor, y: Tensor, x: Tensor, rng: random.Random) -> Tensor:
-    """A greyish texture ``[frames, 3, height, width]``: little saturation, so that colour belongs to the things."""
+    """A greyish texture ``[frames, 3, height, width]``: little saturation, so that colour belongs to the things.
+
+    It is lit from the left and cooler above: a model with relative positions cannot tell where on the canvas it is, and
+    light is what it can draw first and find its way by.
+    """
     phase, t = rng.uniform(0, 2 * math.pi), time[:, None, None]
     if kind == "stripes":
         pattern = torch.sin(2 * math.pi * (x + 0 * t) / 16 + phase)
@@ -219,6 +226,8 @@ def _backdrop(kind: str, time: Tensor, y: Tensor, x: Tensor, rng: random.Random)
             torch.sin(rng.uniform(0.05, 0.22) * x * sign + rng.uniform(0.05, 0.22) * y + rng.uniform(0, 6.3))
             for sign in (-1, 1, -1, 1)
         ) / 2.2  # fmt: skip
-    base = 0.45 + 0.17 * pattern
-    tint = torch.tensor([rng.uniform(0.93, 1.07) for _ in range(3)])
-    return (base[:, None] * tint[:, None, None]).clamp(0, 1)
+    aside, below = 0.5 - x / x.shape[1], 0.5 - y / y.shape[0]
+    base = (0.45 + 0.17 * pattern) * (1 + LIGHT * aside)
+    tint = torch.tensor([rng.uniform(0.93, 1.07) for _ in range(3)])[:, None, None]
+    cool = 1 + COOLNESS * torch.stack((-below, torch.zeros_like(below), below))
+    return (base[:, None] * tint * cool).clamp(0, 1)
