@@ -7,16 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from tiny import DENSE, MATCH, Setting
+
 from psa.pictures import pyplot
 from psa.tiny.train import Stage
 
 Row = dict
-MATCHED = {
-    "dense": ("dense", 1.0, "Gilbert"),
-    "psa, hybrid order": ("psa", 0.15, "hybrid"),
-    "psa, Gilbert order": ("psa", 0.15, "Gilbert"),
-}
-"""Rows of the first table: method, density, order."""
 
 
 def average(values: Iterable[float]) -> float:
@@ -27,19 +23,20 @@ def average(values: Iterable[float]) -> float:
 def match_table(rows: list[Row]) -> str:
     """How often the checker sees what the prompt says, of one thing, of two and in all, and how much rarer by PSA."""
     by = {
-        name: {row["seed"]: row for row in rows if (row["method"], row["density"], row["order"]) == setting}
-        for name, setting in MATCHED.items()
+        setting: {row["seed"]: row for row in rows if Setting(row["method"], row["density"], row["order"]) == setting}
+        for setting in MATCH
     }
-    dense = by["dense"]
+    dense = by[DENSE]
     names = "| method | things | videos | attention work | colour | shape | motion | all | below dense by |"
     lines = [names, "|" + "---|" * 9]
-    for things, (name, found) in itertools.product(("one", "two", "all"), by.items()):
+    for things, (setting, found) in itertools.product(("one", "two", "all"), by.items()):
         group = [row for row in found.values() if things in ("all", "two" if " and " in row["prompt"] else "one")]
         if not group:
             continue
         rates = (f"{average(row[what] for row in group):.1%}" for what in ("colour", "shape", "motion", "all"))
         bound = below_dense([(dense[row["seed"]]["all"], row["all"]) for row in group])
-        below = "" if name == "dense" else f"≤ {100 * bound:.1f} points"
+        below = "" if setting == DENSE else f"≤ {100 * bound:.1f} points"
+        name = setting.method if setting == DENSE else f"{setting.method}, {setting.order} order"
         work = average(row["measured_density"] for row in group)
         lines.append(f"| {name} | {things} | {len(group)} | {work:.3f} | {' | '.join(rates)} | {below} |")
     return "\n".join(lines)

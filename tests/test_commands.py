@@ -16,6 +16,7 @@ from psa import presets
 from psa.backends import NAMES
 from psa.bench import BenchRow
 from psa.cli import app
+from psa.devices import pick_device
 from psa.video import write_video
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,17 @@ def test_mistakes_are_told_before_work_starts(given, told, qkv, tmp_path, monkey
     assert isinstance(done.exception, psa.PSAError), done.output
     assert re.search(told, str(done.exception)), done.exception
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_device_is_one_of_this_machine(monkeypatch):
+    with monkeypatch.context() as machine:
+        machine.setattr(torch.accelerator, "is_available", lambda: True)
+        machine.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        machine.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert [pick_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+        for name in ("cuda:2", "xpu"):
+            with pytest.raises(psa.ConfigError, match=f"'{name}' is not available; this machine has cuda"):
+                pick_device(name)
 
 
 def test_bench_prints_appends_and_plots(tmp_path):
