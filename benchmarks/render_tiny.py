@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny import DENSE, MATCH, Setting
+from tiny import CURVES, DENSE, MATCH, Setting
 
 from psa.pictures import pyplot
 from psa.tiny.train import Stage
@@ -52,10 +52,11 @@ def below_dense(pairs: list[tuple[bool, bool]]) -> float:
 
 
 def likeness(rows: list[Row]) -> list[Row]:
-    """Every setting but dense attention, averaged over the prompts that all settings were run on: "videos" of them."""
+    """The settings of the curves, averaged over the prompts that all of them were run on: "videos" of them."""
     by: dict[tuple, dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        if row["method"] != "dense":
+        setting = Setting(row["method"], row["density"], row["order"])
+        if setting != DENSE and setting in CURVES:
             by[row["order"], row["density"] or 0, row["method"]][row["seed"]] = row
     shared = set.intersection(*map(set, by.values())) if by else set()
     return [

@@ -82,6 +82,7 @@ def test_tables_are_rendered_from_the_result_files(script):
         asked |= set(re.findall(r"<!-- table: (\S+) -->", text))
         assert render.fill(text, tables) == text, f"{name_of(page)}: run `make docs`"
     assert asked == tables.keys()
+    assert not [name for name, table in tables.items() if re.search(r"\bnan\b|nan%", table)]
 
 
 @pytest.mark.parametrize("page", ENGLISH, ids=name_of)
