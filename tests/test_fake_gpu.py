@@ -17,6 +17,7 @@ CONFIGS = {
     "semantic": psa.PSAConfig(density=0.3, rearrange_method="semantic"),
     "hybrid": psa.PSAConfig(density=0.3, rearrange_method="hybrid"),
     "tile": psa.PSAConfig(density=0.3, rearrange_method="tile"),
+    "order per head": psa.PSAConfig(density=0.3, rearrange_method="auto"),
     "capped": psa.PSAConfig(mask_mode="topk", use_sim_mask=True),
     "thresholdbound": psa.PSAConfig(mask_mode="thresholdbound"),
     "proportional": psa.PSAConfig(mask_mode="proportional", density=0.2, bias="variance", slope=True),

@@ -146,6 +146,23 @@ def needs_curve(config: PSAConfig) -> bool:
     return config.target_error is not None or config.share_heads
 
 
+def one_density(config: PSAConfig) -> PSAConfig:
+    """The settings without what takes a curve: every head at the density at which candidates are compared."""
+    if not needs_curve(config):
+        return config
+    changes = {"density": compared_at(config), "share_heads": False}
+    if torch.compiler.is_compiling():
+        from .compiled import constant_config
+
+        return constant_config(config.key, **changes)
+    return config.replace(**changes)
+
+
+def compared_at(config: PSAConfig) -> float:
+    """The density at which candidates are compared."""
+    return float(config.density or min(CHOSEN_AT, config.max_density))
+
+
 def ladder(config: PSAConfig) -> tuple[float, ...]:
     """The densities of a curve: those that can be chosen, but for 1, where nothing is wrong."""
     top, coarsest = config.max_density, 1.0 / config.max_level
@@ -160,7 +177,7 @@ def choose(layer: Layer) -> Choice:
     measures what the other half would have chosen.
     """
     config = layer.config
-    step, tried = float(config.density or min(CHOSEN_AT, config.max_density)), candidates(config)
+    step, tried = compared_at(config), candidates(config)
     count = config.probe_rows if not needs_curve(config) else -(-config.probe_rows // 2)
     rows = layer.sample(0, count, ROWS_THAT_CHOOSE)
     coarse, fine = _sampled_importance(layer, rows)

@@ -4,16 +4,8 @@ Imported only while torch.compile traces: the decorator brings in the whole of T
 """
 
 import torch
-from torch import Tensor
 
 from .config import PSAConfig
-from .reorder.spatial import cached_permutation
-
-
-@torch.compiler.assume_constant_result
-def constant_order(*key) -> Tensor:
-    """The spatial order of a grid."""
-    return cached_permutation(*key).q_order
 
 
 @torch.compiler.assume_constant_result

@@ -24,7 +24,7 @@ from .values import (
 MASK_MODES = ("topk", "thresholdbound", "proportional", "auto")
 BIASES = ("count", "variance", "measured")
 IMPORTANCES = ("pooled", "sampled", "antidiagonal")
-REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid")
+REARRANGE_METHODS = ("Gilbert", "tile", "semantic", "hybrid", "auto")
 
 PUBLISHED_RATIOS = {1: (0.0, 0.10), 2: (0.10, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
 DEFAULT_DENSITY = 0.15
@@ -91,7 +91,8 @@ class PSAConfig:
         importance_stride: stride of antidiagonal scoring.
         seed: of sampled importance and of semantic clustering.
         use_sim_mask, sim_thresholds: cap a block's level by the similarity of its neighbouring keys.
-        use_rearrange, rearrange_method, tile_size: token order for a (T, H, W) grid.
+        use_rearrange, rearrange_method, tile_size: token order for a (T, H, W) grid. ``"auto"``, of auto mode only,
+            probes Gilbert and hybrid order and gives every KV head the better one.
         warmup_steps: first denoising steps that stay dense (used by the integrations).
         type: ``"psa"``, or ``"dense"`` for a baseline preset.
 
@@ -170,6 +171,8 @@ class PSAConfig:
         mode = changes.get("mask_mode", self.mask_mode)
         if mode != self.mask_mode:
             unused = {name: getattr(PSAConfig, name) for name, modes in USED_BY.items() if mode not in modes}
+            if self.rearrange_method == "auto":
+                unused["rearrange_method"] = PSAConfig.rearrange_method
             if self.mask_mode in RANKED and mode not in RANKED:
                 unused["use_sim_mask"] = False
             changes = {"slope": None, "sort_keys": None, **unused, **changes}
@@ -228,6 +231,8 @@ class PSAConfig:
                 decides = "chooses it per head; " if mode == "auto" and "proportional" in modes else ""
                 valid = " or ".join(repr(mode) for mode in modes)
                 raise ConfigError(f"{name}: {mode} mode {decides}has no use for {value!r}; it belongs to {valid}")
+        if self.rearrange_method == "auto" and mode != "auto":
+            raise ConfigError(f"rearrange_method: 'auto' is chosen by the probes of mask_mode 'auto', not {mode!r}")
         if self.tau is not None and (self.density is not None or self.share_heads):
             raise ConfigError("tau: a fixed tau excludes density and share_heads; give one")
         if self.bias == "count" and self.bias_cap not in (None, 0.0):

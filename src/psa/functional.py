@@ -1,6 +1,6 @@
 """The three calls of the library, `plan`, `attend` and their composition `psa_attention`, and what they accept."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from .backends import reference
 from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
 from .errors import ConfigError
-from .order import token_order
+from .order import Arranged, Tokens, arrange
 from .plan import Plan
 from .reorder import Permutation, SemanticState
 from .slope import slope_correction
-from .state import ProbeState
+from .state import CONCENTRATION, ProbeState
 from .whole import at_once, plan_and_attend
 
 
@@ -115,76 +115,90 @@ def make_plan(
         v: lets the automatic mode probe; without v and a choice to reuse it takes a fixed setting, no error is known,
             and ``probes`` records nothing.
         importance: [1|B, 1|H, M, N], scores of your own in the plan's token order, instead of ``config.importance``.
-        state: centroids of the last call, ``plan.reorder_state`` of its plan (semantic and hybrid orders).
+        state: centroids of the last call, ``plan.reorder_state`` of its plan (where tokens go by content).
         probes, layer, step: with both of ``probes`` and ``step``, the automatic mode reuses the layer's choice as the
             state says; without, it probes.
     """
     if isinstance(config, Tensor):
         raise ConfigError("config: expected a PSAConfig, got a Tensor; values go in by name, pass v=")
     settings = resolve_config(config, density, target_error)
-    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
-    tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
-    ordered = _in_order(q, k, v, settings, **where, **tokens)
-    where |= {"scale": check_scale(scale, q.shape[-1]), "key_mask": key_mask}
-    return _plan(ordered, settings, importance, probes, layer, step, **where)
+    tokens = Tokens(is_causal, grid, text_length, text_position, key_mask)
+    q, k, v = _checked(q, k, v, tokens, enable_gqa)
+    scale, recorded = check_scale(scale, q.shape[-1]), _Recorded(probes, layer, step)
+    if importance is not None:
+        check_importance(importance, q, (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)))
+        if settings.rearrange_method == "auto":
+            raise ConfigError("importance: scores of your own need one token order; rearrange_method 'auto' tries two")
+    choice = recorded.choice(settings, q, k)
+    arranged = arrange(q, k, v, settings, tokens, scale=scale, state=state, choice=choice)
+    return _plan(arranged, settings, tokens, scale, importance, recorded, choice)
+
+
+class _Recorded(NamedTuple):
+    """Where the automatic mode keeps what it chooses, if anywhere."""
+
+    probes: ProbeState | None
+    layer: object
+    step: int | None
+
+    def choice(self, config: PSAConfig, q: Tensor, k: Tensor) -> Tensor | None:
+        """The choice to reuse, if any."""
+        if self.probes is None or self.step is None or config.mask_mode != "auto" or config.type == "dense":
+            return None
+        return self.probes.choice(self.layer, self.step, config, q, k)
+
+    def record(self, plan: Plan, reused: Tensor | None) -> None:
+        if self.probes is not None and self.step is not None:
+            self.probes.record(self.layer, self.step, plan, reused)
 
 
 def _plan(
-    ordered: "_Ordered",
+    arranged: Arranged,
     settings: PSAConfig,
-    importance: Tensor | None,
-    probes: ProbeState | None,
-    layer: object,
-    step: int | None,
-    *,
-    is_causal: bool,
+    tokens: Tokens,
     scale: float,
-    text_length: int,
-    text_position: str,
-    key_mask: Tensor | None,
+    importance: Tensor | None,
+    recorded: _Recorded,
+    reused: Tensor | None,
 ) -> Plan:
-    """The plan of tokens in its order; ``key_mask`` in the caller's."""
-    q, k, v, mask, order, next_state = ordered
-    blocks = (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n))
-    if importance is not None:
-        check_importance(importance, q, blocks)
-    if settings.mask_mode != "auto" or settings.type == "dense" or step is None:
-        probes = None
-    choice = probes.choice(layer, step, settings, q, k) if probes is not None and step is not None else None
+    """The plan of tokens in its order."""
+    q, k, v = arranged[:3]
+    choice = arranged.choice if reused is None else reused[..., :CONCENTRATION].contiguous()
     levels, power, caps, pairs, slope, chosen = ops.select(
         q,
         k,
         v,
         importance,
-        mask,
-        None if choice is None else choice[..., :4].contiguous(),
+        arranged.key_mask,
+        choice,
         settings.key,
         scale,
-        is_causal,
-        text_length,
-        text_position,
+        tokens.is_causal,
+        tokens.text_length,
+        tokens.text_position,
     )
+    if arranged.by_content is not None:
+        chosen = torch.cat([chosen, arranged.by_content[..., None].float()], dim=-1)
     plan = Plan(
         levels,
         settings.block_m,
         settings.block_n,
         q.shape[2],
         k.shape[2],
-        is_causal,
-        order,
+        tokens.is_causal,
+        arranged.permutation,
         query_power=power if power.numel() else None,
         bias_cap=caps if caps.numel() else None,
         pair_bias=pairs if pairs.numel() else None,
         slope=slope if slope.numel() else None,
         choice=chosen if chosen.numel() else None,
-        key_mask=key_mask,
+        key_mask=tokens.key_mask,
         config=settings,
-        text=(text_length, text_position),
-        reorder_state=next_state,
+        text=(tokens.text_length, tokens.text_position),
+        reorder_state=arranged.state,
     )
-    measured = choice is not None or v is not None
-    if probes is not None and step is not None and measured:
-        probes.record(layer, step, plan, choice)
+    if reused is not None or v is not None:
+        recorded.record(plan, reused)
     return plan
 
 
@@ -281,15 +295,16 @@ def plan_then_attend(
 ) -> tuple[Any, Plan]:
     """:func:`make_plan` and :func:`attend`, as one operator where that is faster (see :mod:`psa.whole`): what
     :func:`attend` returns, and the plan. Tokens are put in order once."""
-    where = {"is_causal": is_causal, "text_length": text_length, "text_position": text_position}
-    tokens = {"grid": grid, "key_mask": key_mask, "enable_gqa": enable_gqa, "state": state}
+    tokens = Tokens(is_causal, grid, text_length, text_position, key_mask)
     together = at_once(q, k, config, backend)
-    ordered = _in_order(q, k, v, config, **where, **tokens)
-    q, k, v, mask, order, next_state = ordered
-    scale = check_scale(scale, q.shape[-1])
+    q, k, v = _checked(q, k, v, tokens, enable_gqa)
+    scale, recorded = check_scale(scale, q.shape[-1]), _Recorded(probes, layer, step)
+    choice = recorded.choice(config, q, k)
+    arranged = arrange(q, k, v, config, tokens, scale=scale, state=state, choice=choice)
+    q, k, v, mask, order, next_state, *_ = arranged
     if not together:
         with torch.no_grad():
-            plan = _plan(ordered, config, None, probes, layer, step, scale=scale, key_mask=key_mask, **where)
+            plan = _plan(arranged, config, tokens, scale, None, recorded, choice)
         return _restored(*_read(q, k, v, plan, scale, is_causal, backend), order, return_lse), plan
     out, lse, levels, power, cap = plan_and_attend(
         q, k, v, mask, config.key, scale, is_causal, text_length, text_position, backend
@@ -330,21 +345,12 @@ def resolve_config(config: PSAConfig | None, density: float | None, target_error
 
 
 _DEFAULT = PSAConfig()
-_Ordered = tuple[Tensor, Tensor, Any, Tensor | None, Permutation | None, SemanticState | None]
 
 
-def _in_order(
-    q: Tensor, k: Tensor, v: Any, config: PSAConfig, *, key_mask: Tensor | None, enable_gqa: bool, **where: Any
-) -> _Ordered:
-    """Checked q, k, v (or None) and key mask in the plan's token order, that order, and the next call's state.
-    ``where`` holds the other arguments of :func:`token_order`."""
+def _checked(q: Tensor, k: Tensor, v: Any, tokens: Tokens, enable_gqa: bool) -> tuple[Tensor, Tensor, Any]:
+    """q, k and v (or None) as they take part, once everything about them is known to fit."""
     q, k, v = cast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
-    check_text(q, k, where["grid"], where["text_length"], where["text_position"], where["is_causal"])
-    check_key_mask(key_mask, k)
-    order, next_state = token_order(q, k, config, key_mask=key_mask, **where)
-    if order is None:
-        return q, k, v, key_mask, None, next_state
-    v = None if v is None else order.apply_k(v)
-    mask = None if key_mask is None else order.apply_k_mask(key_mask)
-    return order.apply_q(q), order.apply_k(k), v, mask, order, next_state
+    check_text(q, k, tokens.grid, tokens.text_length, tokens.text_position, tokens.is_causal)
+    check_key_mask(tokens.key_mask, k)
+    return q, k, v

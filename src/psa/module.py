@@ -16,8 +16,8 @@ class PSAAttention(nn.Module):
     """Holds a :class:`PSAConfig`; called like :func:`psa.psa_attention`, with the same arguments and results.
 
     In the automatic mode, ``step=`` (and ``layer=``, where one module serves several) let a call reuse what an earlier
-    step chose; without ``step`` every call probes. The choices are in ``probe_state``. With the semantic and hybrid
-    orders each layer's clustering starts where its last one ended, in ``reorder_states`` by the layer's name.
+    step chose; without ``step`` every call probes. The choices are in ``probe_state``. Where
+    tokens go by content, each layer's clustering starts where its last one ended, in ``reorder_states`` by its name.
 
     Args:
         config: settings of every call; default as in :func:`psa.psa_attention`.
@@ -37,7 +37,7 @@ class PSAAttention(nn.Module):
             return psa_attention(q, k, v, plan=plan, **call)
         given = call.pop("config", None)
         config = resolve_config(self.config if given is None else given, None)
-        carries = config.rearrange_method in ("semantic", "hybrid")
+        carries = config.rearrange_method in ("semantic", "hybrid", "auto")
         if not carries and step is None:
             return psa_attention(q, k, v, config=config, **call)
         planning = {name: call.pop(name) for name in PLANNING if name in call}

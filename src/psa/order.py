@@ -1,47 +1,147 @@
-"""Which order tokens are cut into blocks in: stage 2, as :func:`psa.plan` and :func:`psa.psa_attention` take it."""
+"""Which order tokens are cut into blocks in: stage 2, as :func:`psa.plan` and :func:`psa.psa_attention` take it.
+
+With ``rearrange_method="auto"`` every KV head has the order that its probes measure to be better: the place on the grid
+alone (Gilbert), or content first (hybrid).
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import ops
+from .auto import needs_curve, one_density
 from .checks import Grid
 from .config import PSAConfig
 from .reorder import Permutation, SemanticState, reorder
 from .reorder.keys import key_order
+from .state import BY_CONTENT, CONCENTRATION
+
+
+class Tokens(NamedTuple):
+    """What a call says of its tokens, beside their values."""
+
+    is_causal: bool
+    grid: Grid | None
+    text_length: int
+    text_position: str
+    key_mask: Tensor | None
+
+
+class Arranged(NamedTuple):
+    """q, k, v and key mask in the plan's token order, and how they came there."""
+
+    q: Tensor
+    k: Tensor
+    v: Any
+    """None where the call has none."""
+    key_mask: Tensor | None
+    permutation: Permutation | None
+    """None: the caller's order stays."""
+    state: SemanticState | None
+    """Centroids for the next call."""
+    by_content: Tensor | None = None
+    """Heads whose tokens go by content, bool [B, H]; None where the order is not chosen per head."""
+    choice: Tensor | None = None
+    """What the probes of both orders chose beside it, float32 [B, H, 4]; None where there was no need to probe."""
+
+
+def arrange(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: PSAConfig,
+    tokens: Tokens,
+    *,
+    scale: float,
+    state: SemanticState | None = None,
+    choice: Tensor | None = None,
+) -> Arranged:
+    """q, k and v (or None) in the plan's token order. ``choice`` is the automatic mode's to reuse; without one, the
+    order ``"auto"`` probes both orders, and without v too it takes the first."""
+    method = config.rearrange_method
+    known = choice is not None and choice.shape[-1] > BY_CONTENT
+    fixed = config.type == "dense" or tokens.is_causal or not config.use_rearrange or 0 in (*q.shape, *k.shape)
+    if method != "auto" or fixed or not (known or v is not None):
+        method = "Gilbert" if method == "auto" else method
+        return _moved(q, k, v, tokens, *token_order(q, k, method, config, tokens, state))
+    place, _ = token_order(q, k, "Gilbert", config, tokens, None, masked_last=True)
+    method = "semantic" if tokens.grid is None else "hybrid"
+    content, state = token_order(q, k, method, config, tokens, state)
+    assert place is not None and content is not None
+    probed = None
+    if known:
+        assert choice is not None
+        by_content = choice[..., BY_CONTENT] > 0.5
+    else:
+        by_content, probed = _probed(q, k, v, config, tokens, scale, place, content)
+    moved = _moved(q, k, v, tokens, place.where(by_content, content), state)
+    return moved._replace(by_content=by_content, choice=probed)
+
+
+def _moved(
+    q: Tensor, k: Tensor, v: Tensor | None, tokens: Tokens, order: Permutation | None, state: SemanticState | None
+) -> Arranged:
+    if order is None:
+        return Arranged(q, k, v, tokens.key_mask, None, state)
+    v = None if v is None else order.apply_k(v)
+    mask = None if tokens.key_mask is None else order.apply_k_mask(tokens.key_mask)
+    return Arranged(order.apply_q(q), order.apply_k(k), v, mask, order, state)
 
 
 @torch.no_grad()
 def token_order(
     q: Tensor,
     k: Tensor,
+    method: str,
     config: PSAConfig,
+    tokens: Tokens,
+    state: SemanticState | None,
     *,
-    is_causal: bool,
-    grid: Grid | None,
-    text_length: int,
-    text_position: str,
-    key_mask: Tensor | None,
-    state: SemanticState | None = None,
+    masked_last: bool = False,
 ) -> tuple[Permutation | None, SemanticState | None]:
-    """The permutation (None: the caller's order stays) and the centroids for the next call."""
+    """The permutation (None: the caller's order stays) and the centroids for the next call.
+
+    ``masked_last``: masked keys go behind the other video tokens, where orders by content have them; never None.
+    """
     permutation = next_state = None
-    if is_causal:
+    if tokens.is_causal:
         return None, None
-    if config.use_rearrange and (grid is not None or config.rearrange_method == "semantic"):
+    if config.use_rearrange and (tokens.grid is not None or method == "semantic"):
         permutation, next_state = reorder(
-            config.rearrange_method,
+            method,
             q,
             k,
-            grid,
-            text_length=text_length,
-            text_position=text_position,
+            tokens.grid,
+            text_length=tokens.text_length,
+            text_position=tokens.text_position,
             tile_size=config.tile_size,
             state=state,
-            key_mask=key_mask,
+            key_mask=tokens.key_mask,
             seed=config.seed,
         )
+    if masked_last:
+        permutation = _masked_last(q, k, permutation, tokens)
     if config.sort_keys and config.type == "psa":
-        permutation = _with_sorted_keys(q, k, key_mask, permutation, config.block_n)
+        permutation = _with_sorted_keys(q, k, tokens.key_mask, permutation, config.block_n)
     return permutation, next_state
+
+
+def _masked_last(q: Tensor, k: Tensor, order: Permutation | None, tokens: Tokens) -> Permutation:
+    """``order``, the same for all heads, with masked video keys behind the real ones; text keeps its place."""
+    if order is None:
+        places, length = torch.arange(q.shape[2], device=q.device), k.shape[2]
+        order = Permutation(places, places if length == q.shape[2] else torch.arange(length, device=k.device))
+    if tokens.key_mask is None:
+        return order
+    text, length = tokens.text_length, k.shape[2]
+    rank = 1 + (~tokens.key_mask[:, order.k_order]).int()
+    if tokens.text_position == "first":
+        rank[:, :text] = 0
+    else:
+        rank[:, length - text :] = 3
+    keys = order.k_order[rank.argsort(dim=-1, stable=True)]
+    return Permutation(order.q_order, keys[:, None], tokens.key_mask)
 
 
 def _with_sorted_keys(
@@ -54,3 +154,29 @@ def _with_sorted_keys(
     moved = None if key_mask is None else base.apply_k_mask(key_mask)
     order = key_order(q.detach(), base.apply_k(k).detach(), moved, block_n)
     return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order), key_mask)
+
+
+@torch.no_grad()
+def _probed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: PSAConfig,
+    tokens: Tokens,
+    scale: float,
+    place: Permutation,
+    content: Permutation,
+) -> tuple[Tensor, Tensor | None]:
+    """Which heads err less with tokens by content, bool [B, H], and what else the probes chose for every head: None
+    where a curve of errors is still to say its density. Heads that share keys and values are judged together."""
+    settings = (one_density(config).key, scale, tokens.is_causal, tokens.text_length, tokens.text_position)
+    group = q.shape[1] // k.shape[1]
+    choices, errors = [], []
+    for order in (place, content):
+        moved = _moved(q, k, v, tokens, order, None)
+        *_, chosen = ops.select(moved.q, moved.k, moved.v, None, moved.key_mask, None, *settings)
+        choices.append(chosen[..., :CONCENTRATION])
+        errors.append(chosen[..., 2].square().unflatten(1, (-1, group)).mean(2).repeat_interleave(group, dim=1))
+    by_content = errors[1] < errors[0]
+    chosen = None if needs_curve(config) else torch.where(by_content[..., None], choices[1], choices[0])
+    return by_content, chosen

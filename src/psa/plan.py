@@ -49,10 +49,11 @@ class Plan:
         pair_bias: float16 [B, H, M, N]; with the measured bias.
         key_mask: bool [B, Lk] in the caller's order.
         slope: float16 [B, H, M, N], importance times N where :mod:`psa.slope` corrects pooled blocks, else 0.
-        choice: float32 [B, H, 5], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`.
+        choice: float32 [B, H, 5], what the automatic mode chose: see :attr:`report` and :class:`psa.candidates.Choice`;
+            [B, H, 6] where it chose each head's order too.
         config: what the plan was made from.
         text: text tokens (count, position) that were pinned.
-        reorder_state: centroids for the next call, where the order is semantic or hybrid; not saved.
+        reorder_state: centroids for the next call, where tokens go by content; not saved.
     """
 
     levels: Tensor
@@ -121,13 +122,17 @@ class Plan:
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """One row per batch item and head: setting, density kept, measured error and its standard deviation."""
+        """One row per batch item and head: setting, density kept, measured error and its standard deviation; and the
+        order (``"place"`` or ``"content"``), where it was chosen per head."""
         from .candidates import CANDIDATES, Choice
+        from .state import BY_CONTENT
 
         if self.choice is None:
             return []
         choice = Choice.unpack(self.choice)
         kept = self.density_per_head.expand(choice.density.shape)
+        chosen = self.choice[..., BY_CONTENT:].flatten(1)  # nothing, or a column
+        orders = [["content" if x else "place" for x in row] for row in chosen.tolist()] if chosen.numel() else []
         return [
             {
                 "batch": b,
@@ -136,6 +141,7 @@ class Plan:
                 "density": float(kept[b, h]),
                 "error": float(choice.error[b, h]),
                 "error_spread": float(choice.spread[b, h]),
+                **({"order": orders[b][h]} if orders else {}),
             }
             for b in range(kept.shape[0])
             for h in range(kept.shape[1])

@@ -15,8 +15,9 @@ from .candidates import CANDIDATES
 from .errors import ConfigError, PSAError
 from .plan import Plan
 
-FACTS, CONCENTRATION = 5, 4
-"""Columns of a choice, and the one that holds the importance's concentration."""
+FACTS, CONCENTRATION, BY_CONTENT = 5, 4, 5
+"""Columns of a choice; the one that holds the importance's concentration; and the further one where each head's order
+is chosen too: 1 where its tokens go by content."""
 _NAMES = [candidate.name for candidate in CANDIDATES]
 """What the numbers of a saved choice stand for."""
 
@@ -173,7 +174,9 @@ class ProbeState:
                 raise PSAError("the saved choices are among other candidates than this version's; probe again")
             for item in data["choices"]:
                 values = [math.nan if value is None else value for value in item["values"]]
-                choice = torch.tensor(values, dtype=torch.float32).view(*item["shape"][:2], FACTS)
+                choice = torch.tensor(values, dtype=torch.float32).view(item["shape"])
+                if choice.ndim != 3 or choice.shape[2] not in (FACTS, FACTS + 1):
+                    raise ValueError(f"a choice of shape {item['shape']}")
                 keys = [_key(item["layer"], step) for step in item["steps"]]
                 state.history |= dict.fromkeys(keys, choice)
                 state.settings.update(dict.fromkeys(keys, str(data["settings"][item["settings"]])))

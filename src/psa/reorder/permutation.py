@@ -92,6 +92,13 @@ class Permutation:
             )
         return moved[:, 0]
 
+    def where(self, heads: Tensor, other: "Permutation") -> "Permutation":
+        """This order, and ``other`` in some heads, bool [B, H]; those that share keys and values have to agree."""
+        kv_heads = max(order.shape[1] if order.ndim == 3 else 1 for order in (self.k_order, other.k_order))
+        of_keys = heads[:, :: heads.shape[1] // kv_heads, None]
+        q_order = torch.where(heads[..., None], other.q_order, self.q_order)
+        return Permutation(q_order, torch.where(of_keys, other.k_order, self.k_order), other.key_mask)
+
     def to(self, device: torch.device | str) -> "Permutation":
         """The same permutation with its tensors on ``device``; itself where they already are."""
         q_order = self.q_order.to(device)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from psa.errors import ConfigError, ShapeError
-from psa.memory import scratch_elements
+from psa.memory import mean_square, scratch_elements
 from psa.reorder.permutation import Permutation, check_text, with_text
 
 TOKENS_PER_CLUSTER = 32
@@ -37,7 +37,7 @@ GOLDEN_RATIO = 0.6180339887498949
 @dataclass(frozen=True, eq=False)
 class SemanticState:
     """What one call hands to the next, float32 and in chain order: centroids of the queries [B, H, C, D] and of the
-    keys [B, Hkv, C', D]."""
+    keys [B, Hkv, C', D], in the tokens' own units."""
 
     q_centroids: Tensor
     k_centroids: Tensor
@@ -85,9 +85,11 @@ def semantic_permutation(
     _check(q, k, clusters, iterations, base_order, text_length, text_position, key_mask)
     settings = _Settings(clusters, iterations, seed, base_order)
     text = (text_length, text_position)
-    q_order, q_centroids = _cluster_order(_video(q, *text), settings, state and state.q_centroids, None)
+    q, k = _video(q, *text), _video(k, *text)
     real = None if key_mask is None else _video(key_mask[:, None, :, None], *text)[:, 0, :, 0]
-    k_order, k_centroids = _cluster_order(_video(k, *text), settings, state and state.k_centroids, real)
+    of_queries, of_keys = _weights(q, k, real)
+    q_order, q_centroids = _cluster_order(q, of_queries, settings, state and state.q_centroids, None)
+    k_order, k_centroids = _cluster_order(k, of_keys, settings, state and state.k_centroids, real)
     permutation = Permutation(with_text(q_order, *text), with_text(k_order, *text), key_mask)
     return permutation, SemanticState(q_centroids, k_centroids)
 
@@ -100,10 +102,27 @@ class _Settings:
     base_order: Tensor | None
 
 
+def _weights(q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a squared difference in each channel counts between queries [B, H, 1, D] and between keys [B, Hkv, 1, D]: as
+    much as it moves the logits of the other side. For keys that is the queries' mean square; for queries the variance
+    of the keys, since what all keys share moves all logits of a query alike."""
+    group = q.shape[1] // k.shape[1]
+    of_keys = mean_square(q).unflatten(1, (-1, group)).mean(2)
+    if real is None:
+        spread = k.std(2, correction=0).float()
+    else:
+        counted, count = real[:, None, :, None], real.sum(-1).clamp(min=1)[:, None, None]
+        k = k.masked_fill(~counted, 0.0).float()
+        mean = k.sum(2) / count
+        spread = ((k - mean[:, :, None]).masked_fill(~counted, 0.0).square().sum(2) / count).sqrt()
+    return spread.square().repeat_interleave(group, dim=1)[:, :, None], of_keys[:, :, None]
+
+
 def _cluster_order(
-    x: Tensor, settings: _Settings, centroids: Tensor | None, real: Tensor | None
+    x: Tensor, weights: Tensor, settings: _Settings, centroids: Tensor | None, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Order [B, H, V] of the tokens x [B, H, V, D] and their centroids [B, H, C, D]; real [B, V]: tokens that count."""
+    """Order [B, H, V] of the tokens x [B, H, V, D] and their centroids [B, H, C, D]; weights [B, H, 1, D] of
+    squared differences; real [B, V]: tokens that count."""
     batch, heads, tokens, channels = x.shape
     base = torch.arange(tokens, device=x.device) if settings.base_order is None else settings.base_order.to(x.device)
     if tokens == 0:
@@ -111,7 +130,7 @@ def _cluster_order(
     if centroids is None:
         wanted = settings.clusters or min(-(-tokens // TOKENS_PER_CLUSTER), MAX_CLUSTERS)
         sample = _evenly_spaced(x, base, real, min(tokens, SAMPLES_PER_CLUSTER * min(wanted, tokens)))
-        centroids = _seed_centroids(sample, min(wanted, tokens), settings.seed)
+        centroids = _seed_centroids(sample, weights, min(wanted, tokens), settings.seed)
         iterations, warm = COLD_ITERATIONS, False
     else:
         _check_state(centroids, x, settings.clusters)
@@ -119,10 +138,10 @@ def _cluster_order(
         sample = _evenly_spaced(x, base, real, min(tokens, SAMPLES_PER_CLUSTER * centroids.shape[2]))
         iterations, warm = WARM_ITERATIONS, True
     for _ in range(iterations if settings.iterations is None else settings.iterations):
-        centroids = _lloyd_step(sample, centroids)
+        centroids = _lloyd_step(sample, weights, centroids)
     if not warm:
-        centroids = _chain(centroids)
-    labels = _assign(x, centroids)
+        centroids = _chain(centroids, weights)
+    labels = _assign(x, weights, centroids)
     if real is not None:
         labels = labels.masked_fill(~real[:, None], centroids.shape[2])
     return base[labels[..., base].argsort(dim=-1, stable=True)], centroids
@@ -139,20 +158,21 @@ def _evenly_spaced(x: Tensor, base: Tensor, real: Tensor | None, count: int) -> 
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).float()
 
 
-def _seed_centroids(sample: Tensor, clusters: int, seed: int) -> Tensor:
+def _seed_centroids(sample: Tensor, weights: Tensor, clusters: int, seed: int) -> Tensor:
     """k-means++: each next centroid is a token, likely in proportion to its squared distance to the nearest one so far.
 
     Draws are fractions of multiples of the golden ratio, the same for every (batch, head); the cumulative weights are
     integers, so every device and run picks the same tokens.
     """
     batch, heads, count, channels = sample.shape
-    norm = sample.square().sum(-1)
+    norm = (sample.square() * weights).sum(-1)
     first = torch.full((batch, heads), count // 2, device=sample.device)
     chosen = [first]
     nearest = torch.full((batch, heads, count), torch.inf, device=sample.device)
     for draw in range(1, clusters):
         newest = sample.gather(2, chosen[-1][..., None, None].expand(-1, -1, 1, channels))
-        distance = norm + newest.square().sum(-1) - 2 * (sample @ newest.mT).squeeze(-1)
+        weighted = newest * weights
+        distance = norm + (weighted * newest).sum(-1) - 2 * (sample @ weighted.mT).squeeze(-1)
         nearest = torch.minimum(nearest, distance.clamp_min(0))
         top = nearest.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         cumulative = (nearest / top * (1 << 20)).long().cumsum(-1)
@@ -162,7 +182,7 @@ def _seed_centroids(sample: Tensor, clusters: int, seed: int) -> Tensor:
     return sample.gather(2, torch.stack(chosen, -1)[..., None].expand(-1, -1, -1, channels))
 
 
-def _lloyd_step(sample: Tensor, centroids: Tensor) -> Tensor:
+def _lloyd_step(sample: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
     """Move each centroid to the mean of the tokens nearest to it; one that is nearest to none stays where it is.
 
     The sums are products with one-hot rows: unlike scattered additions they come out the same in every run.
@@ -170,17 +190,18 @@ def _lloyd_step(sample: Tensor, centroids: Tensor) -> Tensor:
     sums, counts = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
     for chunk in _chunks(sample, centroids):
         member = chunk.new_zeros(*chunk.shape[:3], centroids.shape[2])
-        member.scatter_(3, _nearest(chunk, centroids)[..., None], 1.0)
+        member.scatter_(3, _nearest(chunk, weights, centroids)[..., None], 1.0)
         sums += member.mT @ chunk
         counts += member.sum(2)[..., None]
     return torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
 
 
-def _chain(centroids: Tensor) -> Tensor:
+def _chain(centroids: Tensor, weights: Tensor) -> Tensor:
     """Centroids reordered: first the one farthest from their mean, then always the nearest one not yet placed."""
     batch, heads, clusters, channels = centroids.shape
-    distance = torch.cdist(centroids, centroids)
-    current = (centroids - centroids.mean(2, keepdim=True)).square().sum(-1).argmax(-1)
+    scaled = centroids * weights.sqrt()
+    distance = torch.cdist(scaled, scaled)
+    current = (scaled - scaled.mean(2, keepdim=True)).square().sum(-1).argmax(-1)
     placed = torch.zeros(batch, heads, clusters, dtype=torch.bool, device=centroids.device)
     sequence = [current]
     for _ in range(1, clusters):
@@ -191,14 +212,15 @@ def _chain(centroids: Tensor) -> Tensor:
     return centroids.gather(2, torch.stack(sequence, -1)[..., None].expand(-1, -1, -1, channels))
 
 
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    return torch.cat([_nearest(chunk.float(), centroids) for chunk in _chunks(x, centroids)], dim=-1)
+def _assign(x: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+    return torch.cat([_nearest(chunk.float(), weights, centroids) for chunk in _chunks(x, centroids)], dim=-1)
 
 
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+def _nearest(x: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid of each token, [B, H, L]; the lowest one of equals."""
-    half_norm = 0.5 * centroids.square().sum(-1)[:, :, None]
-    return (x @ centroids.mT).sub_(half_norm).argmax(-1)
+    weighted = centroids * weights
+    half_norm = 0.5 * (weighted * centroids).sum(-1)[:, :, None]
+    return (x @ weighted.mT).sub_(half_norm).argmax(-1)
 
 
 def _chunks(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
@@ -231,10 +253,10 @@ def _check(q, k, clusters, iterations, base_order, text_length, text_position, k
         raise ShapeError(f"expected q [B, H, Lq, D] and k [B, Hkv, Lk, D]; got {list(q.shape)} and {list(k.shape)}.")
     if text_length > min(q.shape[2], k.shape[2]):
         raise ShapeError(f"text_length {text_length} exceeds the {min(q.shape[2], k.shape[2])} tokens there are.")
-    if base_order is not None and not base_order.shape[0] == q.shape[2] - text_length == k.shape[2] - text_length:
+    video = (q.shape[2] - text_length, k.shape[2] - text_length)
+    if base_order is not None and any(length != base_order.size(0) for length in video):
         raise ShapeError(
-            f"base_order [{base_order.shape[0]}] must cover the video tokens: {q.shape[2] - text_length} of q, "
-            f"{k.shape[2] - text_length} of k."
+            f"base_order [{base_order.shape[0]}] must cover the video tokens: {video[0]} of q, {video[1]} of k."
         )
     if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
         raise ShapeError(f"key_mask must be [B, Lk] = [{k.shape[0]}, {k.shape[2]}]; got {list(key_mask.shape)}.")

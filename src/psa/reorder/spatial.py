@@ -4,6 +4,7 @@ Why reorder at all: a KV block is read through its averages, and in raster order
 of the picture. Along these orders they are a compact neighbourhood in time and space, whose keys resemble each other.
 """
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import numpy as np
@@ -75,11 +76,27 @@ def spatial_permutation(
     """
     key = (method.lower(), tuple(grid), text_length, text_position, tuple(tile_size), torch.device(device))
     if torch.compiler.is_compiling():
-        from ..compiled import constant_order
-
-        order = constant_order(*key)
+        order = spatial_order(*key)
         return Permutation(order, order)
     return cached_permutation(*key)
+
+
+@torch.library.custom_op("psa::spatial_order", mutates_args=())
+def spatial_order(
+    method: str,
+    grid: Sequence[int],
+    text_length: int,
+    text_position: str,
+    tile_size: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """The order of `spatial_permutation`, int64 [L], as a node of a compiled graph, which may hold several."""
+    return cached_permutation(method, tuple(grid), text_length, text_position, tuple(tile_size), device).q_order.clone()
+
+
+@spatial_order.register_fake
+def _(method, grid, text_length, text_position, tile_size, device):
+    return torch.empty(grid[0] * grid[1] * grid[2] + text_length, dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -91,6 +91,7 @@ STAGES = (
     Stage("calm", 128, 33, 12, 1700, 5208, 1.1e-3, pairs=0.65, density=0.2, turns=MIXED[1:5], noise=0.65, cools=True),
     Stage("lit", 128, 33, 12, 680, 2560, 1.1e-3, pairs=0.7, density=0.2, turns=MIXED[1:5], noise=0.75, cools=True),
     Stage("clear", 128, 33, 12, 2200, 2560, 1.1e-3, pairs=0.7, density=0.2, turns=MIXED[1:5], noise=0.7, cools=True),
+    Stage("sure", 128, 33, 12, 1200, 2560, 9e-4, pairs=0.6, density=0.2, turns=MIXED[1:5], noise=0.67, cools=True),
 )
 FLOW_SHIFT = 6.0  # of the shipped scheduler: about that of the last stage's noise levels on whole clips
 
@@ -298,7 +299,7 @@ def main(
     start: Annotated[
         str, typer.Option("--from", help="'shipped' or a finished checkpoint's folder to go on from.")
     ] = "",
-    from_stage: Annotated[str, typer.Option(help="With --from: the stage to begin.")] = "clear",
+    from_stage: Annotated[str, typer.Option(help="With --from: the stage to begin.")] = "sure",
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
 ) -> None:
     """Train the tiny text-to-video model from clips that it draws itself, and write it to OUTPUT/model."""
