@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny import CURVES, DENSE, MATCH, Setting
+from tiny import CURVES, DENSE, MATCH, Setting, usual
 
 from psa.pictures import pyplot
 from psa.tiny.train import Stage
@@ -36,7 +36,7 @@ def match_table(rows: list[Row]) -> str:
         rates = (f"{average(row[what] for row in group):.1%}" for what in ("colour", "shape", "motion", "all"))
         bound = below_dense([(dense[row["seed"]]["all"], row["all"]) for row in group])
         below = "" if setting == DENSE else f"≤ {100 * bound:.1f} points"
-        name = setting.method if setting == DENSE else f"{setting.method}, {setting.order} order"
+        name = setting.method
         work = average(row["measured_density"] for row in group)
         lines.append(f"| {name} | {things} | {len(group)} | {work:.3f} | {' | '.join(rates)} | {below} |")
     return "\n".join(lines)
@@ -77,11 +77,11 @@ def likeness_table(rows: list[Row]) -> str:
 
 
 def likeness_picture(rows: list[Row], picture: Path) -> None:
-    """SSIM to the dense clip over the density that was kept, a line per method, in Gilbert order."""
+    """SSIM to the dense clip over the density that was kept, a line per method, in its usual order."""
     figure, axis = pyplot().subplots(figsize=(8.5, 4.2), constrained_layout=True)
     by = defaultdict(list)
     for row in likeness(rows):
-        if row["order"] == "Gilbert":
+        if row["order"] == usual(row["method"], row["density"]).order:
             by[row["method"]].append((row["measured_density"], row["ssim"]))
     for method, points in by.items():
         axis.plot(

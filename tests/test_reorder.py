@@ -208,7 +208,8 @@ def test_key_mask_follows_the_keys():
 def test_compiles_without_graph_breaks():
     def double(q):
         permutation = spatial_permutation("Gilbert", (3, 4, 5), 2, "first", device=q.device)
-        return permutation.restore_q(permutation.apply_q(q) * 2)
+        again = spatial_permutation("tile", (62, 1, 1), tile_size=(5, 1, 1), device=q.device)
+        return permutation.restore_q(again.restore_q(again.apply_q(permutation.apply_q(q))) * 2)
 
     q = tokens(1, 2, 62, 4).requires_grad_()
     out = torch.compile(double, fullgraph=True, backend="aot_eager")(q)

@@ -298,7 +298,7 @@ def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
     """Single things in few steps, to keep this short; benchmarks/tiny.py makes hundreds of clips as they are meant."""
     rng = random.Random("a dozen")
     right = {"dense": Counter(), "psa": Counter()}
-    config = demo.rivals(0.15)["psa"].replace(rearrange_method="hybrid")
+    config = demo.rivals(0.15)["psa"]
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
         right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 7)))

@@ -55,7 +55,7 @@ def rivals(density: float) -> dict[str, PSAConfig]:
     bounds = {level: (min(1.0, low * scale), min(1.0, high * scale)) for level, (low, high) in PUBLISHED_RATIOS.items()}
     published = {**bounds, 0: (bounds[0][0], 1.0)}
     return {
-        "psa": PSAConfig(density=density),
+        "psa": PSAConfig(density=density, rearrange_method="auto"),
         "published topk": PSAConfig(mask_ratios=published),
         "one mean per block": PSAConfig(mask_ratios={1: (0.0, exact), 64: (exact, 1.0)}),
         "binary": PSAConfig(mask_ratios={1: (0.0, density)}),

@@ -65,18 +65,20 @@ def arrange(
     if method != "auto" or fixed or not (known or v is not None):
         method = "Gilbert" if method == "auto" else method
         return _moved(q, k, v, tokens, *token_order(q, k, method, config, tokens, state))
-    place, _ = token_order(q, k, "Gilbert", config, tokens, None, masked_last=True)
+    place, _ = _base_order(q, k, "Gilbert", config, tokens, None)
+    place = _masked_last(place or _unmoved(q, k), tokens)
     method = "semantic" if tokens.grid is None else "hybrid"
-    content, state = token_order(q, k, method, config, tokens, state)
-    assert place is not None and content is not None
-    probed = None
+    content, state = _base_order(q, k, method, config, tokens, state)
+    assert content is not None
     if known:
         assert choice is not None
-        by_content = choice[..., BY_CONTENT] > 0.5
+        by_content, probed = choice[..., BY_CONTENT] > 0.5, None
+        order = _with_sorted_keys(q, k, place.where(by_content, content), config, tokens)
     else:
+        place, content = (_with_sorted_keys(q, k, base, config, tokens) for base in (place, content))
         by_content, probed = _probed(q, k, v, config, tokens, scale, place, content)
-    moved = _moved(q, k, v, tokens, place.where(by_content, content), state)
-    return moved._replace(by_content=by_content, choice=probed)
+        order = place.where(by_content, content)
+    return _moved(q, k, v, tokens, order, state)._replace(by_content=by_content, choice=probed)
 
 
 def _moved(
@@ -89,52 +91,48 @@ def _moved(
     return Arranged(order.apply_q(q), order.apply_k(k), v, mask, order, state)
 
 
-@torch.no_grad()
 def token_order(
-    q: Tensor,
-    k: Tensor,
-    method: str,
-    config: PSAConfig,
-    tokens: Tokens,
-    state: SemanticState | None,
-    *,
-    masked_last: bool = False,
+    q: Tensor, k: Tensor, method: str, config: PSAConfig, tokens: Tokens, state: SemanticState | None
 ) -> tuple[Permutation | None, SemanticState | None]:
-    """The permutation (None: the caller's order stays) and the centroids for the next call.
-
-    ``masked_last``: masked keys go behind the other video tokens, where orders by content have them; never None.
-    """
-    permutation = next_state = None
+    """The permutation (None: the caller's order stays) and the centroids for the next call."""
     if tokens.is_causal:
         return None, None
-    if config.use_rearrange and (tokens.grid is not None or method == "semantic"):
-        permutation, next_state = reorder(
-            method,
-            q,
-            k,
-            tokens.grid,
-            text_length=tokens.text_length,
-            text_position=tokens.text_position,
-            tile_size=config.tile_size,
-            state=state,
-            key_mask=tokens.key_mask,
-            seed=config.seed,
-        )
-    if masked_last:
-        permutation = _masked_last(q, k, permutation, tokens)
-    if config.sort_keys and config.type == "psa":
-        permutation = _with_sorted_keys(q, k, tokens.key_mask, permutation, config.block_n)
-    return permutation, next_state
+    base, state = _base_order(q, k, method, config, tokens, state)
+    if not config.sort_keys or config.type != "psa":
+        return base, state
+    return _with_sorted_keys(q, k, base or _unmoved(q, k), config, tokens), state
 
 
-def _masked_last(q: Tensor, k: Tensor, order: Permutation | None, tokens: Tokens) -> Permutation:
+@torch.no_grad()
+def _base_order(
+    q: Tensor, k: Tensor, method: str, config: PSAConfig, tokens: Tokens, state: SemanticState | None
+) -> tuple[Permutation | None, SemanticState | None]:
+    """What :func:`psa.reorder.reorder` gives, if anything."""
+    if not config.use_rearrange or (tokens.grid is None and method != "semantic"):
+        return None, None
+    return reorder(
+        method,
+        q,
+        k,
+        tokens.grid,
+        text_length=tokens.text_length,
+        text_position=tokens.text_position,
+        tile_size=config.tile_size,
+        state=state,
+        key_mask=tokens.key_mask,
+        seed=config.seed,
+    )
+
+
+def _unmoved(q: Tensor, k: Tensor) -> Permutation:
+    return Permutation(torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=k.device))
+
+
+def _masked_last(order: Permutation, tokens: Tokens) -> Permutation:
     """``order``, the same for all heads, with masked video keys behind the real ones; text keeps its place."""
-    if order is None:
-        places, length = torch.arange(q.shape[2], device=q.device), k.shape[2]
-        order = Permutation(places, places if length == q.shape[2] else torch.arange(length, device=k.device))
     if tokens.key_mask is None:
         return order
-    text, length = tokens.text_length, k.shape[2]
+    text, length = tokens.text_length, tokens.key_mask.shape[1]
     rank = 1 + (~tokens.key_mask[:, order.k_order]).int()
     if tokens.text_position == "first":
         rank[:, :text] = 0
@@ -144,16 +142,14 @@ def _masked_last(q: Tensor, k: Tensor, order: Permutation | None, tokens: Tokens
     return Permutation(order.q_order, keys[:, None], tokens.key_mask)
 
 
-def _with_sorted_keys(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, base: Permutation | None, block_n: int
-) -> Permutation:
-    """``base`` with the keys of every block sorted, per head."""
-    if base is None:
-        order = key_order(q.detach(), k.detach(), key_mask, block_n)
-        return Permutation(torch.arange(q.shape[2], device=q.device), order, key_mask)
-    moved = None if key_mask is None else base.apply_k_mask(key_mask)
-    order = key_order(q.detach(), base.apply_k(k).detach(), moved, block_n)
-    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order), key_mask)
+@torch.no_grad()
+def _with_sorted_keys(q: Tensor, k: Tensor, base: Permutation, config: PSAConfig, tokens: Tokens) -> Permutation:
+    """``base`` with the keys of every block sorted, per head, if they are to be."""
+    if not config.sort_keys:
+        return base
+    mask = None if tokens.key_mask is None else base.apply_k_mask(tokens.key_mask)
+    order = key_order(q.detach(), base.apply_k(k).detach(), mask, config.block_n)
+    return Permutation(base.q_order, base.k_order.expand(order.shape).gather(-1, order), tokens.key_mask)
 
 
 @torch.no_grad()
