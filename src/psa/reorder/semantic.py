@@ -12,9 +12,9 @@ published topk):
     raster .122/.183    tile 2,8,8 .100/.170    Gilbert .060/.091    semantic .050/.075    hybrid .040/.060
 
 With plain distances semantic has .056/.099 there and hybrid .045/.079, and on the heads of the bundled model in
-automatic mode hybrid .071 instead of .038. The whole second moment of the other side instead of its diagonal gives .037,
-values beside the keys at least .041. Measured with plain distances: reordering only the queries or only the keys by
-content is worse than Gilbert (.088, .081); sorting clusters along their principal direction instead of chaining them
+automatic mode hybrid .071 instead of .038. The whole second moment of the other side instead of its diagonal gives
+.037, values beside the keys at least .041. Measured with plain distances: reordering only the queries or only the keys
+by content is worse than Gilbert (.088, .081); sorting clusters along their principal direction instead of chaining them
 costs 10-30 %.
 """
 
