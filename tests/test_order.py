@@ -104,6 +104,7 @@ def test_a_choice_is_reused_saved_and_replayed(settings, tmp_path):
     again = psa.plan(q, k, config, v=v, probes=state, layer="a", step=1, **CALL, state=first.reorder_state)
     assert state.probed == [("a", 0)] and torch.equal(first.choice[..., [0, 1, 5]], again.choice[..., [0, 1, 5]])
     assert first.choice[0, :, 5].tolist() == [0.0, 1.0]
+    assert [row["by_content"] for row in state.stats()] == [1, 1]
     state.save(tmp_path / "choices.json")
     replay = psa.ProbeState.load(tmp_path / "choices.json", replay=True)
     repeated = psa.plan(q, k, config, v=v, probes=replay, layer="a", step=0, **CALL)

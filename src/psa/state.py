@@ -209,8 +209,9 @@ class ProbeState:
 
 
 def choice_facts(choice: Tensor) -> dict[str, Any]:
-    """How many heads of a choice [B, H, 5] got each setting, the mean density asked for, the mean and worst error."""
-    candidates, densities, errors, *_ = choice.float().flatten(0, -2).cpu().unbind(-1)
+    """How many heads of a choice [B, H, 5] got each setting, the mean density asked for, the mean and worst error; and
+    how many have their tokens by content, where [B, H, 6] says."""
+    candidates, densities, errors, _, _, *orders = choice.float().flatten(0, -2).cpu().unbind(-1)
     pairs = zip(candidates.tolist(), densities.tolist(), strict=True)
     settings = Counter("dense" if density >= 1 else CANDIDATES[round(number)].name for number, density in pairs)
     return {
@@ -218,6 +219,7 @@ def choice_facts(choice: Tensor) -> dict[str, Any]:
         "density": float(densities.mean()),
         "error": float(errors.mean()),
         "worst_error": float(errors.max()),
+        **({"by_content": int(orders[0].sum())} if orders else {}),
     }
 
 

@@ -183,7 +183,7 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 def _invert(order: Tensor) -> Tensor:
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, positions)
+    return torch.empty_like(order).scatter(-1, order, positions)
 
 
 def _check_fits(x: Tensor, order: Tensor, name: str) -> None:

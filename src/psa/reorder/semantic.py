@@ -87,8 +87,8 @@ def semantic_permutation(
     _check(q, k, clusters, iterations, base_order, text_length, text_position, key_mask)
     text = (text_length, text_position)
     real = None if key_mask is None else _video(key_mask[:, None, :, None], *text)[:, 0, :, 0]
-    queries = _tokens(_video(q, *text), None, clusters, base_order, state and state.q_centroids)
-    keys = _tokens(_video(k, *text), real, clusters, base_order, state and state.k_centroids)
+    queries = _side(_video(q, *text), None, clusters, base_order, state and state.q_centroids)
+    keys = _side(_video(k, *text), real, clusters, base_order, state and state.k_centroids)
     of_queries, of_keys = queries.sample(), keys.sample()
     for_queries, for_keys = _weights(of_queries, of_keys)
     q_order, q_centroids = _cluster_order(queries, of_queries, for_queries, iterations, seed)
@@ -98,7 +98,7 @@ def semantic_permutation(
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _Side:
     """One side's tokens x [B, H, V, D], those that count, real bool [B, V] (None: all), and what the last call left."""
 
     x: Tensor
@@ -113,17 +113,17 @@ class _Tokens:
         return _evenly_spaced(self.x, self.base, self.real, count)
 
 
-def _tokens(
+def _side(
     x: Tensor, real: Tensor | None, clusters: int | None, base_order: Tensor | None, centroids: Tensor | None
-) -> _Tokens:
+) -> _Side:
     tokens = x.shape[2]
     base = torch.arange(tokens, device=x.device) if base_order is None else base_order.to(x.device)
     if centroids is None:
         wanted = clusters or min(-(-tokens // TOKENS_PER_CLUSTER), MAX_CLUSTERS)
-        return _Tokens(x, real, base, min(wanted, tokens), None)
+        return _Side(x, real, base, min(wanted, tokens), None)
     if tokens:
         _check_state(centroids, x, clusters)
-    return _Tokens(x, real, base, centroids.shape[2], centroids.to(x.device))
+    return _Side(x, real, base, centroids.shape[2], centroids.to(x.device))
 
 
 def _weights(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,23 +136,24 @@ def _weights(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cluster_order(
-    tokens: _Tokens, sample: Tensor, weights: Tensor, iterations: int | None, seed: int
+    side: _Side, sample: Tensor, weights: Tensor, iterations: int | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Order [B, H, V] of the tokens and their centroids [B, H, C, D]; weights [B, H, 1, D] of squared differences."""
-    x, base, centroids = tokens.x, tokens.base, tokens.centroids
+    """Order [B, H, V] of one side's tokens and their centroids [B, H, C, D]; weights [B, H, 1, D] of squared
+    differences."""
+    x, base, centroids = side.x, side.base, side.centroids
     batch, heads, count, channels = x.shape
     if count == 0:
         return base.expand(batch, heads, 0), x.new_zeros(batch, heads, 0, channels, dtype=torch.float32)
     usual = COLD_ITERATIONS if centroids is None else WARM_ITERATIONS
     if centroids is None:
-        centroids = _seed_centroids(sample, weights, tokens.clusters, seed)
+        centroids = _seed_centroids(sample, weights, side.clusters, seed)
     for _ in range(usual if iterations is None else iterations):
         centroids = _lloyd_step(sample, weights, centroids)
-    if tokens.centroids is None:
+    if side.centroids is None:
         centroids = _chain(centroids, weights)
     labels = _assign(x, weights, centroids)
-    if tokens.real is not None:
-        labels = labels.masked_fill(~tokens.real[:, None], centroids.shape[2])
+    if side.real is not None:
+        labels = labels.masked_fill(~side.real[:, None], centroids.shape[2])
     return base[labels[..., base].argsort(dim=-1, stable=True)], centroids
 
 
