@@ -52,8 +52,10 @@ def main() -> None:
     q, k, v, grid = layer(options.length, options.head_dim)
     fixed, auto = psa.PSAConfig(mask_mode="proportional", density=0.15), psa.PSAConfig(density=0.15)
     target, shared = psa.PSAConfig(target_error=0.05), psa.PSAConfig(density=0.15, share_heads=True)
-    state = psa.ProbeState()
+    ordered = psa.PSAConfig(density=0.15, rearrange_method="auto")
+    state, orders = psa.ProbeState(), psa.ProbeState()
     reused = psa.plan(q, k, auto, v=v, grid=grid, probes=state, step=0)
+    clusters = psa.plan(q, k, ordered, v=v, grid=grid, probes=orders, step=0).reorder_state
     attend = psa.attend
     parts = {
         "dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
@@ -61,6 +63,10 @@ def main() -> None:
         "probing plan for a target": lambda: psa.plan(q, k, target, v=v, grid=grid),
         "probing plan of a shared budget": lambda: psa.plan(q, k, shared, v=v, grid=grid),
         "reusing plan": lambda: psa.plan(q, k, auto, v=v, grid=grid, probes=state, step=1),
+        "probing plan with orders": lambda: psa.plan(q, k, ordered, v=v, grid=grid, state=clusters),
+        "reusing plan with orders": lambda: psa.plan(
+            q, k, ordered, v=v, grid=grid, probes=orders, step=1, state=clusters
+        ),
         "fixed plan": lambda: psa.plan(q, k, fixed, grid=grid),
         "attend": lambda: attend(q, k, v, reused, backend="torch"),
         "attend without slope": lambda: attend(q, k, v, dataclasses.replace(reused, slope=None), backend="torch"),
@@ -79,6 +85,8 @@ def main() -> None:
         "amortised": round(probing / auto.probe_every, 4),
         "for a target": round(for_target, 4),
         "of a shared budget": round(for_shared, 4),
+        "of orders": round((spent["probing plan with orders"] - spent["reusing plan with orders"]) / spent["dense"], 4),
+        "orders": round((spent["reusing plan with orders"] - spent["reusing plan"]) / spent["dense"], 4),
         "sorted keys": round((spent["reusing plan"] - spent["fixed plan"]) / spent["dense"], 4),
         "slope": round((spent["attend"] - spent["attend without slope"]) / spent["dense"], 4),
         **quality.stamp(),

@@ -183,6 +183,8 @@ def cost_table(rows: list[Row]) -> str:
         "amortised": "amortised over 10 steps",
         "for a target": "probing for a target",
         "of a shared budget": "probing for a shared budget",
+        "of orders": "probing both orders",
+        "orders": "clustering",
         "sorted keys": "sorting keys",
         "slope": "slope",
     }
