@@ -39,6 +39,15 @@ def test_trained_heads_beat_both_rivals_that_are_given_exact_importance(trained)
     assert all(ours <= 0.75 * min(topk, mean) for ours, topk, mean in heads)
 
 
+def test_an_order_for_every_head_errs_less_still(trained):
+    ratios = []
+    for bench, _, rows in trained:
+        plan = quality.METHODS["auto, order per head"](bench, None, 0.15)
+        assert float(plan.density_per_head.max()) <= 0.15 * 1.02
+        ratios += [error / ours for error, (ours, _, _) in zip(bench.errors(plan).tolist(), rows, strict=True)]
+    assert math.prod(ratios) ** (1 / len(ratios)) <= 0.75 and max(ratios) <= 1.05
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_fields_beat_both_rivals(setting):
     _, plan, rows = scored(arenas.synthetic(*setting))
