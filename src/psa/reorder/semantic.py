@@ -9,9 +9,9 @@ Measured on q, k, v of a small trained video transformer (4 heads, grid 8x20x36,
 importance, geometric mean of the output's relative error over 3 seeds; proportional allocation with exponent 2 /
 published topk):
 
-    raster .122/.183    tile 2,8,8 .100/.170    Gilbert .060/.091    semantic .050/.075    hybrid .040/.060
+    raster .122/.183    tile 2,8,8 .100/.170    Gilbert .060/.091    semantic .057/.082    hybrid .040/.061
 
-With plain distances semantic has .056/.099 there and hybrid .045/.079, and on the heads of the bundled model in
+With plain distances semantic has .066/.103 there and hybrid .046/.080, and on the heads of the bundled model in
 automatic mode hybrid .071 instead of .038. The whole second moment of the other side instead of its diagonal gives
 .037, values beside the keys at least .041. Measured with plain distances: reordering only the queries or only the keys
 by content is worse than Gilbert (.088, .081); sorting clusters along their principal direction instead of chaining them
