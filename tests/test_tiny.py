@@ -125,6 +125,7 @@ def corrupted(clip):
         "upside down": (clip.flip(2), {"shape"}),
         "grey": (clip.mean(1, keepdim=True).expand_as(clip), {"colour", "shape", "motion"}),
         "gone halfway": (torch.cat((clip[: frames // 2], 0 * clip[frames // 2 :] + 0.5)), {"shape", "motion"}),
+        "twice": (torch.minimum(clip, clip.roll(clip.shape[3] // 2, 3)), {"shape"}),
         "noise": (torch.rand_like(clip), {"all"}),
     }  # fmt: skip
 
@@ -135,6 +136,15 @@ def test_checker_sees_corruption(name):
     clip, wrong = corrupted(render(scene, 33, 128, 128, random.Random(1)))[name]
     result = matches(scene, clip)
     assert not result["all"] and not any(result[attribute] for attribute in wrong), (result, read(clip))
+
+
+def test_checker_overlooks_specks():
+    scene = parse("a small blue circle moving up over clouds")
+    clip = render(scene, 33, 128, 128, random.Random(2))
+    clip[:20, :, :4, :9] = clip.new_tensor([0.1, 0.1, 1.0])[:, None, None]
+    assert matches(scene, clip)["all"], read(clip)
+    clip[:, :, :20, -30:] = clip.new_tensor([0.1, 0.1, 1.0])[:, None, None]
+    assert not matches(scene, clip)["all"], "a second thing of its colour"
 
 
 def test_checker_counts_things():

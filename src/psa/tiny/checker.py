@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..extras import need
 from .scenes import Scene
 
 HUES = {"red": 0, "yellow": 54, "green": 130, "cyan": 185, "blue": 231, "magenta": 304}  # degrees
 SATURATED = 0.30  # chroma (largest minus smallest channel) from which a pixel belongs to a thing
 SMALLEST = 90  # pixels: less of a colour is no thing
+WHOLE = 0.75  # of a colour's pixels that have to lie in one piece; the rest may be specks anywhere
 MOVING, SWELLING = 0.55, 0.15  # pixels per frame: of the centre, and of the square root of the area
 LEANING = 0.25  # difference in fullness between opposite thirds of the box
 SIDE = 24
@@ -62,9 +64,10 @@ def _colours(video: Tensor) -> Tensor:
 
 def _shape_and_motion(mask: Tensor) -> tuple[str, str]:
     """From one thing's pixels, bool ``[frames, height, width]``."""
+    mask, whole = _largest_piece(mask)
     area = mask.sum((1, 2))
     frames = (area >= 0.4 * area.median()).nonzero().flatten()
-    if len(frames) < 0.8 * len(mask):
+    if len(frames) < 0.8 * len(mask) or whole[frames].mean() < WHOLE:
         return "unclear", "unclear"
     boxes = [_box(mask[frame]) for frame in frames]
     outline = torch.stack([_fit(mask[frame], box) for frame, box in zip(frames, boxes, strict=True)]).mean(0)
@@ -72,6 +75,20 @@ def _shape_and_motion(mask: Tensor) -> tuple[str, str]:
     drift = _slope(frames, centre)
     swell = _slope(frames, area[frames].float().sqrt()[:, None])[0]
     return _shape(outline), _motion(float(drift[0]), float(drift[1]), float(swell))
+
+
+def _largest_piece(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest connected piece of every frame's mask, bool ``[frames, height, width]``, and the share of the pixels
+    that is in it, ``[frames]``."""
+    label = need("skimage.measure", "report").label
+    pieces, share = torch.zeros_like(mask), torch.zeros(len(mask))
+    for frame, pixels in enumerate(mask):
+        if pixels.any():
+            numbers = torch.from_numpy(label(pixels.numpy(), connectivity=2))
+            sizes = numbers.flatten().bincount()[1:]
+            pieces[frame] = numbers == 1 + sizes.argmax()
+            share[frame] = sizes.max() / sizes.sum()
+    return pieces, share
 
 
 def _motion(across: float, down: float, swell: float) -> str:
