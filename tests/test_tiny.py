@@ -114,6 +114,12 @@ def test_checker_reads_rendered_clips(scene, seed):
     assert matches(scene, noisy)["all"], read(noisy)
 
 
+def beside_itself(clip, distance):
+    """The thing a second time, ``distance`` pixels to the right."""
+    thing = (clip.amax(1) - clip.amin(1) >= 0.3)[:, None].roll(distance, 3)
+    return torch.where(thing, clip.roll(distance, 3), clip)
+
+
 def corrupted(clip):
     """Name -> (clip, the attributes that must now be wrong)."""
     frames = len(clip)
@@ -125,7 +131,8 @@ def corrupted(clip):
         "upside down": (clip.flip(2), {"shape"}),
         "grey": (clip.mean(1, keepdim=True).expand_as(clip), {"colour", "shape", "motion"}),
         "gone halfway": (torch.cat((clip[: frames // 2], 0 * clip[frames // 2 :] + 0.5)), {"shape", "motion"}),
-        "twice": (torch.minimum(clip, clip.roll(clip.shape[3] // 2, 3)), {"shape"}),
+        "twice": (beside_itself(clip, 64), {"shape"}),
+        "twice, touching": (beside_itself(clip, 24), {"shape"}),
         "noise": (torch.rand_like(clip), {"all"}),
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ SATURATED = 0.30  # chroma (largest minus smallest channel) from which a pixel b
 SMALLEST = 90  # pixels: less of a colour is no thing
 WHOLE = 0.75  # of a colour's pixels that have to lie in one piece; the rest may be specks anywhere
 MOVING, SWELLING = 0.55, 0.15  # pixels per frame: of the centre, and of the square root of the area
+CLOSED, LONGEST = 0.9, 1.7  # pixels between a thing's edges that are its own; its longer over its shorter side
 LEANING = 0.25  # difference in fullness between opposite thirds of the box
 SIDE = 24
 
@@ -74,7 +75,11 @@ def _shape_and_motion(mask: Tensor) -> tuple[str, str]:
     centre = torch.tensor([[(left + right) / 2, (top + bottom) / 2] for left, right, top, bottom in boxes])
     drift = _slope(frames, centre)
     swell = _slope(frames, area[frames].float().sqrt()[:, None])[0]
-    return _shape(outline), _motion(float(drift[0]), float(drift[1]), float(swell))
+    sides = (
+        torch.tensor([(right - left) / (bottom - top) for left, right, top, bottom in boxes]).log().mean().abs().exp()
+    )
+    one = _closed(mask[frames]) >= CLOSED and sides <= LONGEST  # not two of them side by side
+    return _shape(outline) if one else "unclear", _motion(float(drift[0]), float(drift[1]), float(swell))
 
 
 def _largest_piece(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +94,16 @@ def _largest_piece(mask: Tensor) -> tuple[Tensor, Tensor]:
             pieces[frame] = numbers == 1 + sizes.argmax()
             share[frame] = sizes.max() / sizes.sum()
     return pieces, share
+
+
+def _closed(mask: Tensor) -> Tensor:
+    """What share of the pixels between the outermost ones of a row, or of a column if that is less, is covered: mean
+    over the frames. Every row and column of a triangle, square, circle or cross is one run."""
+    shares = []
+    for axis in (1, 2):
+        before, after = mask.int().cummax(axis).values, mask.flip(axis).int().cummax(axis).values.flip(axis)
+        shares.append(mask.sum((1, 2)) / (before * after).sum((1, 2)).clamp(min=1))
+    return torch.minimum(*shares).mean()
 
 
 def _motion(across: float, down: float, swell: float) -> str:
