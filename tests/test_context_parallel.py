@@ -59,11 +59,13 @@ CASES = [
     ("flux", ULYSSES, {"density": 0.3}),
     ("wan", ULYSSES, {"density": 0.3, "warmup_steps": 5}),
     ("cogvideox", ULYSSES, {"density": 0.3, "warmup_steps": 5}),
+    ("wan", ULYSSES, {"config": psa.PSAConfig(density=0.3, rearrange_method="auto")}),
 ]
 if Version(diffusers.__version__) >= Version("0.37"):
     # 0.36 also sends Wan's cross-attention around the ring, which its native backend refuses.
     CASES += [
         ("wan", RING, {"density": 1.0}),
+        ("wan", RING, {"config": psa.PSAConfig(density=1.0, rearrange_method="auto")}),
         ("wan", RING, {"density": 0.3, "warmup_steps": 5}),
         ("wan", RING, {"density": 0.4}),
     ]
@@ -90,7 +92,7 @@ def test_two_processes_make_what_one_makes(number, split):
         expected = model(**call, return_dict=False)[0]
         calls = handle.stats["sparse_calls"]
     error = (torch.from_numpy(out) - expected).norm() / expected.norm()
-    if degrees == RING and options["density"] < 1 and "warmup_steps" not in options:
+    if degrees == RING and options.get("density", 1) < 1 and "warmup_steps" not in options:
         # Blocks are chosen within each pair of chunks: not the same choice, but the same budget.
         assert sparse_calls == 2 * calls
         assert density == pytest.approx(0.4, abs=0.1)

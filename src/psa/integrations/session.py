@@ -253,10 +253,13 @@ class Session:
         # Whole frames per process: chunks are smaller grids. Otherwise tokens keep their order.
         chunk = (grid[0] // world, *grid[1:]) if grid is not None and grid[0] % world == 0 else None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        name = self._name(layer, next(chunks))
         (out, lse), plan = plan_then_attend(
             q, k, v, config, self.backend, scale=scale, grid=chunk if config.use_rearrange else None, return_lse=True,
-            probes=self.probes, layer=self._name(layer, next(chunks)), step=self.reader.step,
+            probes=self.probes, layer=name, step=self.reader.step, state=self.orders.get(name),
         )  # fmt: skip
+        if plan.reorder_state is not None:
+            self.orders[name] = plan.reorder_state
         if config is not DENSE:
             self.stats.count(layer, self.reader.step, plan.density_per_head.mean())
         return out.transpose(1, 2), lse.transpose(1, 2)
