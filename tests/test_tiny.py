@@ -312,18 +312,19 @@ def test_it_is_small():
 
 @pytest.mark.long
 def test_a_dozen_held_out_prompts_are_seen_densely_and_by_psa(pipe):
-    """Single things in few steps, to keep this short; benchmarks/tiny.py makes hundreds of clips as they are meant."""
+    """Single things in nine steps, to keep this short; benchmarks/tiny.py makes hundreds of clips as they are meant. Of
+    prompts that come right nine times in ten, a dozen has nine that do in 97 of 100 draws."""
     rng = random.Random("a dozen")
     right = {"dense": Counter(), "psa": Counter()}
     config = demo.rivals(0.15)["psa"]
     for seed in range(12):
         scene = sample_scene(rng, held_out=True, pairs=0)
-        right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 7)))
+        right["dense"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 9)))
         with psa.enable(pipe, config=config):
-            right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 7)))
+            right["psa"].update(demo.seen(scene, demo.make_video(pipe, str(scene), seed, 9)))
     # A guess gets colour, shape and motion right once in 144.
-    assert right["dense"]["colour"] >= 11 and right["dense"]["all"] >= 10, right
-    assert right["psa"]["colour"] >= 11 and right["psa"]["all"] >= right["dense"]["all"] - 2, right
+    assert right["dense"]["colour"] >= 11 and right["dense"]["all"] >= 9, right
+    assert right["psa"]["colour"] >= 11 and right["psa"]["all"] >= right["dense"]["all"] - 3, right
 
 
 @pytest.mark.parametrize("density", [0.1, 0.2, 0.5, 1.0])
