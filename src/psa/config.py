@@ -159,10 +159,9 @@ class PSAConfig:
         if asked is not None and changes.get("type", self.type) == "dense":
             value = changes[asked]
             raise ConfigError(f"{asked}: {value!r} was asked of dense attention (such as preset 'baseline'); give one")
-        if "tau" in changes and self.mask_mode != "proportional":
-            changes = {"mask_mode": "proportional", **changes}
-        if "target_error" in changes and self.mask_mode != "auto":
-            changes = {"mask_mode": "auto", **changes}
+        for name, wanted in (("tau", "proportional"), ("target_error", "auto")):
+            if name in changes and self.mask_mode != wanted:
+                changes = {"mask_mode": wanted, **changes}
         fixed = {"bias", "exponent", "rank_exponent", "keep_all"} & changes.keys() or self.bias != "count"
         if fixed and self.mask_mode == "auto":
             changes = {"mask_mode": "proportional", **changes}
@@ -171,8 +170,7 @@ class PSAConfig:
         mode = changes.get("mask_mode", self.mask_mode)
         if mode != self.mask_mode:
             unused = {name: getattr(PSAConfig, name) for name, modes in USED_BY.items() if mode not in modes}
-            if self.rearrange_method == "auto":
-                unused["rearrange_method"] = PSAConfig.rearrange_method
+            unused |= {"rearrange_method": PSAConfig.rearrange_method} if self.rearrange_method == "auto" else {}
             if self.mask_mode in RANKED and mode not in RANKED:
                 unused["use_sim_mask"] = False
             changes = {"slope": None, "sort_keys": None, **unused, **changes}
@@ -180,10 +178,9 @@ class PSAConfig:
             changes = {"density": None, "share_heads": False, **changes}
         elif "density" in changes:
             changes = {"tau": None, "target_error": None, "max_density": 1.0, **changes}
-        if "bias" in changes and "bias_cap" not in changes:
-            changes = {"bias_cap": None, **changes}
-        if "block_n" in changes and "tile_n" not in changes:
-            changes = {"tile_n": None, **changes}
+        for name, follows in (("bias", "bias_cap"), ("block_n", "tile_n")):
+            if name in changes:
+                changes = {follows: None, **changes}
         return replace(self, **changes)
 
     @property
@@ -250,10 +247,9 @@ class PSAConfig:
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is unknown{nearest(getattr(self, name), valid)}")
-        method = {m.lower(): m for m in REARRANGE_METHODS}.get(str(self.rearrange_method).lower())
-        if method is None:
-            hint = nearest(self.rearrange_method, REARRANGE_METHODS)
-            raise ConfigError(f"rearrange_method: {self.rearrange_method!r} is unknown{hint}")
+        given, known = self.rearrange_method, {m.lower(): m for m in REARRANGE_METHODS}
+        if (method := known.get(str(given).lower())) is None:
+            raise ConfigError(f"rearrange_method: {given!r} is unknown{nearest(given, REARRANGE_METHODS)}")
         object.__setattr__(self, "rearrange_method", method)
         for name in ("keep_all", "share_heads", "use_sim_mask", "use_rearrange", "slope", "sort_keys", "published"):
             if not isinstance(getattr(self, name), bool):

@@ -179,27 +179,29 @@ def _plan(
     )
     if arranged.by_content is not None:
         chosen = torch.cat([chosen, arranged.by_content[..., None].float()], dim=-1)
-    plan = Plan(
-        levels,
-        settings.block_m,
-        settings.block_n,
-        q.shape[2],
-        k.shape[2],
-        tokens.is_causal,
-        arranged.permutation,
-        query_power=power if power.numel() else None,
-        bias_cap=caps if caps.numel() else None,
-        pair_bias=pairs if pairs.numel() else None,
-        slope=slope if slope.numel() else None,
-        choice=chosen if chosen.numel() else None,
-        key_mask=tokens.key_mask,
-        config=settings,
-        text=(tokens.text_length, tokens.text_position),
-        reorder_state=arranged.state,
-    )
+    made = {"query_power": power, "bias_cap": caps, "pair_bias": pairs, "slope": slope, "choice": chosen}
+    plan = _plan_of(arranged, settings, tokens, levels, **made)
     if reused is not None or v is not None:
         recorded.record(plan, reused)
     return plan
+
+
+def _plan_of(arranged: Arranged, config: PSAConfig, tokens: Tokens, levels: Tensor, **made: Tensor) -> Plan:
+    """The plan of levels and what an operator ``made`` beside them; what is empty has no use."""
+    return Plan(
+        levels,
+        config.block_m,
+        config.block_n,
+        arranged.q.shape[2],
+        arranged.k.shape[2],
+        tokens.is_causal,
+        arranged.permutation,
+        key_mask=tokens.key_mask,
+        config=config,
+        text=(tokens.text_length, tokens.text_position),
+        reorder_state=arranged.state,
+        **{name: value for name, value in made.items() if value.numel()},
+    )
 
 
 def attend(
@@ -301,7 +303,7 @@ def plan_then_attend(
     scale, recorded = check_scale(scale, q.shape[-1]), _Recorded(probes, layer, step)
     choice = recorded.choice(config, q, k)
     arranged = arrange(q, k, v, config, tokens, scale=scale, state=state, choice=choice)
-    q, k, v, mask, order, next_state, *_ = arranged
+    q, k, v, mask, order, *_ = arranged
     if not together:
         with torch.no_grad():
             plan = _plan(arranged, config, tokens, scale, None, recorded, choice)
@@ -309,21 +311,7 @@ def plan_then_attend(
     out, lse, levels, power, cap = plan_and_attend(
         q, k, v, mask, config.key, scale, is_causal, text_length, text_position, backend
     )
-    plan = Plan(
-        levels,
-        config.block_m,
-        config.block_n,
-        q.shape[2],
-        k.shape[2],
-        is_causal,
-        order,
-        query_power=power if power.numel() else None,
-        bias_cap=cap if cap.numel() else None,
-        key_mask=key_mask,
-        config=config,
-        text=(text_length, text_position),
-        reorder_state=next_state,
-    )
+    plan = _plan_of(arranged, config, tokens, levels, query_power=power, bias_cap=cap)
     return _restored(out, lse, order, return_lse), plan
 
 
