@@ -6,6 +6,7 @@ A page holds ``<!-- table: NAME -->`` … ``<!-- end -->``; what lies between is
 ``docs/pictures``.
 """
 
+import itertools
 import json
 import math
 import re
@@ -184,7 +185,6 @@ def cost_table(rows: list[Row]) -> str:
         "for a target": "probing for a target",
         "of a shared budget": "probing for a shared budget",
         "of orders": "probing both orders",
-        "orders": "clustering",
         "sorted keys": "sorting keys",
         "slope": "slope",
     }
@@ -198,17 +198,16 @@ def cost_table(rows: list[Row]) -> str:
 def reuse_table(rows: list[Row]) -> str:
     """The first step's choices at later steps: quotients of geometric means over layers and heads."""
     lines = [
-        "| step | error ÷ with a choice of its own | worst head | error ÷ reported | layers that drift probes |",
-        "|---|---|---|---|---|",
+        "| order | step | error ÷ with a choice of its own | worst head | error ÷ reported | layers probed by drift |",
+        "|---|---|---|---|---|---|",
     ]
-    for step in sorted({row["step"] for row in rows}):
-        group = [row for row in rows if row["step"] == step]
+    for order, step in itertools.product(("Gilbert", "auto"), sorted({row["step"] for row in rows})):
+        group = [row for row in rows if (row["order"], row["step"]) == (order, step)]
         own = [row["error"] / row["fresh"] for row in group]
         told = mean([row["error"] / row["reported"] for row in group])
         layers = {row["layer"]: row["probed by drift"] for row in group}
-        lines.append(
-            f"| {step} | {mean(own):.2f} | {max(own):.2f} | {told:.2f} | {sum(layers.values())} of {len(layers)} |"
-        )
+        cells = f"{mean(own):.2f} | {max(own):.2f} | {told:.2f} | {sum(layers.values())} of {len(layers)}"
+        lines.append(f"| {order} | {step} | {cells} |")
     return "\n".join(lines)
 
 

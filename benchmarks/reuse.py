@@ -3,7 +3,8 @@
     python benchmarks/reuse.py
 
 For every layer, head and step: the true error with the first step's choice, the error that was reported with it, the
-true error with a choice of the step's own, and whether drift would have probed by then. Rows go to
+true error with a choice of the step's own, and whether drift would have probed by then; in Gilbert order, and with
+orders that the probes choose and reused choices hold. Rows go to
 ``benchmarks/results/reuse.jsonl``; ``benchmarks/render.py`` makes the table.
 """
 
@@ -24,33 +25,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    drifting = psa.PSAConfig(density=0.15, rearrange_method="Gilbert")
-    never = drifting.replace(probe_drift=1e9)
-    kept, watched = psa.ProbeState(), psa.ProbeState()
-    rows = []
-    for case in arenas.tiny(tuple(range(STEPS))):
-        step, layer = (int("".join(filter(str.isdigit, part))) for part in case.name.split("-"))
-        bench = quality.open_case(case, "Gilbert")
-        tokens = {"v": case.v, "grid": case.grid, "layer": layer, "step": step}
-        reused = psa.plan(case.q, case.k, never, probes=kept, **tokens)
-        psa.plan(case.q, case.k, drifting, probes=watched, **tokens)
-        fresh = psa.plan(case.q, case.k, drifting, v=case.v, grid=case.grid)
-        facts = zip(bench.errors(reused).tolist(), bench.errors(fresh).tolist(), reused.report, strict=True)
-        for head, (error, own, report) in enumerate(facts):
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "step": step,
-                    "error": round(error, 6),
-                    "fresh": round(own, 6),
-                    "reported": round(report["error"], 6),
-                    "setting": report["setting"],
-                    "probed by drift": (str(layer), step) in watched.probed,
-                    **quality.stamp(),
-                }
-            )
-        print(f"{case.name}: done", flush=True)
+    rows, cases = [], arenas.tiny(tuple(range(STEPS)))
+    for order in ("Gilbert", "auto"):
+        drifting = psa.PSAConfig(density=0.15, rearrange_method=order)
+        never = drifting.replace(probe_drift=1e9)
+        kept, watched = psa.ProbeState(), psa.ProbeState()
+        clusters = {}
+        for case in cases:
+            step, layer = (int("".join(filter(str.isdigit, part))) for part in case.name.split("-"))
+            bench = quality.open_case(case, "Gilbert")
+            tokens = {"v": case.v, "grid": case.grid, "state": clusters.get(layer)}
+            reused = psa.plan(case.q, case.k, never, probes=kept, layer=layer, step=step, **tokens)
+            psa.plan(case.q, case.k, drifting, probes=watched, layer=layer, step=step, **tokens)
+            fresh = psa.plan(case.q, case.k, drifting, **tokens)
+            clusters[layer] = reused.reorder_state
+            facts = zip(bench.errors(reused).tolist(), bench.errors(fresh).tolist(), reused.report, strict=True)
+            for head, (error, own, report) in enumerate(facts):
+                rows.append(
+                    {
+                        "order": order,
+                        "layer": layer,
+                        "head": head,
+                        "step": step,
+                        "error": round(error, 6),
+                        "fresh": round(own, 6),
+                        "reported": round(report["error"], 6),
+                        "setting": report["setting"],
+                        "probed by drift": (str(layer), step) in watched.probed,
+                        **quality.stamp(),
+                    }
+                )
+            print(f"{order}, {case.name}: done", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import psa
-from psa import candidates, functional, importance, ops
+from psa import candidates, functional, importance, planning
 from psa.reorder import keys, spatial
 
 CONFIGS = {
@@ -44,7 +44,8 @@ class Kernels:
 @pytest.fixture
 def gpu(monkeypatch):
     """Operators' own bodies instead of their fake kernels, and no cache that would keep their results."""
-    monkeypatch.setattr(ops, "select", ops.select._init_fn)
+    monkeypatch.setattr(planning, "select", planning.select._init_fn)
+    monkeypatch.setattr(planning, "probe", planning.probe._init_fn)
     monkeypatch.setattr("psa.order.key_order", keys.key_order._init_fn)
     monkeypatch.setattr(candidates, "_made_once", candidates._made_once.__wrapped__)
     monkeypatch.setattr(importance, "_sample", importance._sample.__wrapped__)
@@ -56,7 +57,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("call", ["video", "causal", "grouped", "masked"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_waits_and_no_devices_mix(name, call, kernels, gpu, monkeypatch):
-    monkeypatch.setattr(ops, "planner", lambda *_: Kernels if kernels else None)
+    monkeypatch.setattr(planning, "planner", lambda *_: Kernels if kernels else None)
     q = torch.empty(1, 2, 310, 64, device=gpu, dtype=torch.bfloat16)
     k, v = (torch.empty(1, 1 if call == "grouped" else 2, 310, 64, device=gpu, dtype=torch.bfloat16) for _ in "kv")
     options = {
@@ -88,7 +89,7 @@ class Count(TorchDispatchMode):
 
 def test_the_automatic_mode_asks_for_few_launches(gpu, monkeypatch):
     """At Wan 2.1 1.3B's size, as docs/en/performance.md says: a few hundred a layer, not thousands."""
-    monkeypatch.setattr(ops, "planner", lambda *_: Kernels)
+    monkeypatch.setattr(planning, "planner", lambda *_: Kernels)
     q, k, v = (torch.empty(1, 12, 32760, 128, device=gpu, dtype=torch.bfloat16) for _ in "qkv")
     probes, counts = psa.ProbeState(), []
     for step in range(2):

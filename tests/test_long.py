@@ -26,7 +26,7 @@ def test_heads_planned_one_by_one_get_what_they_get_together(name, monkeypatch):
     mask[1, :130] = False
     call = {"is_causal": True, "enable_gqa": True, "key_mask": mask, "text_length": 20}
     together = psa.plan(q, k, config, **call)
-    monkeypatch.setattr("psa.ops.SELECT_AT_ONCE", 1)
+    monkeypatch.setattr("psa.planning.SELECT_AT_ONCE", 1)
     apart = psa.plan(q, k, config, **call)
     same = (together.levels == apart.levels).float().mean()
     assert same > 0.99 if name in ("proportional", "measured") else same == 1  # ties are broken by head
@@ -42,7 +42,8 @@ def test_a_gpu_plans_groups_of_heads(together):
     q, k, v = (torch.randn(2, heads, 300, 32, generator=g) for heads in (6, 3, 3))
     settings = (psa.PSAConfig(density=0.3).key, 0.2, False, 0, "last")
     want = torch.ops.psa.select(q, k, v, None, None, None, *settings)
-    got = psa.ops._select_in_groups(q, k, v, None, None, None, together, *settings)
+    select = lambda *some: torch.ops.psa.select(*some, *settings)  # noqa: E731
+    got = psa.planning._in_groups(select, q, k, v, None, None, None, together)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -51,7 +52,7 @@ def test_given_importance_head_by_head(monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, scores = torch.randn(1, 3, 512, 32, generator=g), torch.rand(1, 1, 4, 8, generator=g)
     together = psa.plan(q, q, importance=scores)
-    monkeypatch.setattr("psa.ops.SELECT_AT_ONCE", 1)
+    monkeypatch.setattr("psa.planning.SELECT_AT_ONCE", 1)
     assert torch.equal(psa.plan(q, q, importance=scores).levels, together.levels)
 
 

@@ -130,13 +130,70 @@ def test_a_choice_of_another_shape_is_no_saved_state():
     assert torch.equal(psa.ProbeState.from_dict(saved).history["0", 0], state.history["0", 0])
 
 
-def test_a_module_starts_from_the_last_centroids():
+@pytest.mark.parametrize("method", ["auto", "hybrid", "semantic"])
+def test_an_order_is_held_with_its_choice_and_replayed(method, tmp_path):
+    module = psa.PSAAttention(AUTO, rearrange_method=method, probe_every=2, probe_drift=9.0)
+    steps = [heads(seed=seed) for seed in range(3)]
+
+    def run(module):
+        plans = []
+        for step, (q, k, v) in enumerate(steps):
+            out, plan = module(q, k, v, **CALL, step=step, return_plan=True)
+            error = relative_error(out, F.scaled_dot_product_attention(q, k, v))
+            plans.append((plan, out, error, module.reorder_states["0"]))
+        return plans
+
+    first, reused, probed = run(module)
+    assert module.probe_state.probed == [("0", 0), ("0", 2)]
+    assert torch.equal(reused[0].permutation.q_order, first[0].permutation.q_order) and reused[3] is first[3]
+    blocks = lambda plan: plan.permutation.k_order[..., :1024].unflatten(-1, (-1, 32)).sort(-1).values  # noqa: E731
+    assert torch.equal(blocks(reused[0]), blocks(first[0])), "keys are sorted anew, within their blocks"
+    assert not torch.equal(reused[0].permutation.k_order, first[0].permutation.k_order)
+    assert not torch.equal(probed[0].permutation.q_order, first[0].permutation.q_order) and probed[3] is not first[3]
+    assert (reused[2] > probed[2]).any(), "tokens of another call are in the wrong order"
+    module.probe_state.save(tmp_path / "choices.json")
+    replay = psa.PSAAttention(AUTO, rearrange_method=method, probe_every=2, probe_drift=9.0)
+    replay.probe_state = psa.ProbeState.load(tmp_path / "choices.json", replay=True)
+    for one, other in zip(run(replay), (first, reused, probed), strict=True):
+        assert torch.equal(one[1], other[1])
+
+
+def test_an_order_is_held_for_tokens_like_its_own_only():
     q, k, v = heads()
-    module = psa.PSAAttention(AUTO)
-    module(q, k, v, **CALL, step=0)
-    before = module.reorder_states["0"]
-    module(q, k, v, **CALL, step=1)
-    assert module.reorder_states["0"] is not before and len(module.probe_state.probed) == 1
+    mask = torch.arange(k.shape[2])[None] < 1000
+    state = psa.ProbeState()
+    call = {"v": v, "probes": state, "layer": "a"}
+    psa.plan(q, k, AUTO, **call, step=0, **CALL, key_mask=mask)
+    held = state.held("a", 1)
+    assert held is not None and held.q_order.dtype == torch.int32
+    asked = psa.order.Tokens(False, GRID, TEXT, "last", mask)
+    assert held.order_of(q, k, asked) is not None
+    for other in (
+        asked._replace(key_mask=mask.clone()),
+        asked._replace(grid=(16, 16, 4)),
+        asked._replace(text_length=0),
+    ):
+        assert held.order_of(q, k, other) is None
+    assert held.order_of(q[:, :, 1:], k, asked) is None and held.order_of(q[:, :1], k[:, :1], asked) is None
+    swapped = mask.flip(1)
+    plan = psa.plan(q, k, AUTO, **call, step=1, grid=(16, 16, 4), text_length=TEXT, key_mask=swapped)
+    assert state.probed == [("a", 0)]
+    dense = F.scaled_dot_product_attention(q, k, v, swapped[:, None, None])
+    assert (relative_error(psa.attend(q, k, v, plan), dense) < 0.7).all()
+    state.clear()
+    assert state.held("a", 1) is None
+
+
+@pytest.mark.parametrize("config", [AUTO, AUTO.replace(importance="sampled"), AUTO.replace(use_sim_mask=True)])
+@pytest.mark.parametrize("at_once", [1, 1 << 25])
+def test_a_probe_chooses_what_a_plan_chooses(config, at_once, monkeypatch):
+    q, k, v = heads(3)
+    plain = config.replace(rearrange_method="Gilbert", use_rearrange=False, sort_keys=False)
+    want = psa.plan(q, k, plain, v=v, enable_gqa=True).choice[..., :4]
+    monkeypatch.setattr("psa.planning.SELECT_AT_ONCE", at_once)
+    arguments = (q, k, v, None, plain.key, 0.125, False, 0, "last")
+    torch.testing.assert_close(torch.ops.psa.probe(*arguments), want)
+    torch.library.opcheck(torch.ops.psa.probe, arguments)
 
 
 def test_without_values_to_probe_the_place_decides():

@@ -7,7 +7,7 @@ import torch
 
 import psa
 import psa.auto
-from psa import ops
+from psa import planning
 from psa.allocate import BlockMask, allocate_levels, block_mask
 from psa.auto import error_and_spread, ladder, unlike
 from psa.candidates import CANDIDATES, PROPORTIONAL, Choice
@@ -164,7 +164,7 @@ def test_published_modes_are_tried_on_request_and_every_candidate_keeps_the_budg
     assert float(plans[1].error.mean()) <= 1.2 * float(plans[0].error.mean())
     for number, candidate in enumerate(CANDIDATES):
         given = torch.tensor([[[number, 0.2, 0.1, 0.01]] * 2])
-        chosen = ops.select(q, k, v, None, None, given, plans[1].config.key, 32**-0.5, False, 0, "last")
+        chosen = planning.select(q, k, v, None, None, given, plans[1].config.key, 32**-0.5, False, 0, "last")
         density = torch.where(chosen[0] > 0, 1 / chosen[0].float().clamp(min=1), 0.0).mean((-1, -2))
         assert float(density.min()) > 0.15 and float(density.max()) <= 0.2 * 1.02, candidate.name
         assert bool((chosen[4] > 0).any()) == candidate.slope
@@ -177,7 +177,7 @@ def test_fine_candidates_take_their_levels_from_finer_importance():
     coarse = importance(q, k, config, scale=32**-0.5)
     for number, candidate in enumerate(PROPORTIONAL):
         given = torch.tensor([[[0, 0.2, 0.1, 0.01], [number, 0.2, 0.1, 0.01]]])
-        levels = ops.select(q, k, v, None, None, given, config.key, 32**-0.5, False, 0, "last")[0]
+        levels = planning.select(q, k, v, None, None, given, config.key, 32**-0.5, False, 0, "last")[0]
         settings = {"exponent": candidate.exponent, "keep_all": candidate.keep_all}
         source = finer if candidate.fine else coarse
         want = allocate_levels(source, mask_mode="proportional", density=0.2, block_n=64, **settings)

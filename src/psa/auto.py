@@ -60,7 +60,8 @@ class Layer:
     v: Tensor | None
     power: Tensor
     """Mean over the queries of every channel's square, float32 [B, H, D]."""
-    importance: Tensor
+    importance: Callable[..., Tensor]
+    """``importance()`` of all query blocks, float32 [B, H, M, N], or of ``only`` some, int64 [S]."""
     mask: BlockMask
     cap: Tensor | None
     config: PSAConfig
@@ -68,7 +69,7 @@ class Layer:
     is_causal: bool
     key_mask: Tensor | None
     finer: Callable[..., Tensor] | None = None
-    """Importance pooled half as coarsely, ``finer(only=..., wanted=...)``; see :mod:`psa.ops`."""
+    """Importance pooled half as coarsely; heads that are not ``wanted``, bool [B, H], may be left out."""
     device_levels: Callable[..., Tensor] | None = None
     """The device's own way from importance and ``settings`` [B, H, 3] (exponent, keep_all, density) to levels."""
 
@@ -114,7 +115,7 @@ def select_auto(layer: Layer, given: Choice | None) -> tuple[Tensor, Tensor, Ten
 
 def unmeasured(layer: Layer) -> Choice:
     """The first candidate that is allowed, for every head of a plan made without v."""
-    zero = torch.zeros(layer.importance.shape[:2], device=layer.q.device)
+    zero = torch.zeros(layer.q.shape[:2], device=layer.q.device)
     first = next(n for n, c in enumerate(candidates(layer.config)) if handicap(c, layer) < BARRED)
     unknown = zero + torch.nan
     return Choice(zero.long() + first, zero + float(layer.config.density or 1.0), unknown, unknown)
@@ -122,7 +123,7 @@ def unmeasured(layer: Layer) -> Choice:
 
 def lay_out(layer: Layer, choice: Choice) -> tuple[Tensor, Tensor]:
     """Levels, and the shares of the slope correction, that a choice means for every head."""
-    importance, fine = layer.importance, choice.fine
+    importance, fine = layer.importance(), choice.fine
     if layer.finer is not None and (fine.device.type != "cpu" or bool(fine.any())):
         importance = torch.where(fine[..., None, None], layer.finer(wanted=fine), importance)
     if layer.device_levels is None:
@@ -277,10 +278,9 @@ def least_densities(layer: Layer) -> Tensor:
 
 def _sampled_importance(layer: Layer, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Coarse and finer importance [B, H, S, N] of the sampled query blocks; the coarse twice where none is finer."""
-    coarse = _rows_of(layer.importance, rows)
-    if layer.finer is None:
-        return coarse, coarse
-    return coarse, layer.finer(only=rows.blocks[0], wanted=wanted)  # the same blocks in every head
+    blocks = rows.blocks[0]  # the same in every head
+    coarse = layer.importance(only=blocks)
+    return coarse, coarse if layer.finer is None else layer.finer(only=blocks, wanted=wanted)
 
 
 def _scored(layer: Layer, rows: Rows, density: float, importance: Tensor, fine: Tensor) -> Scored:

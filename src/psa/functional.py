@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, planning
 from .autocast import cast
 from .backends import reference
 from .checks import Grid, check_importance, check_key_mask, check_plan, check_scale, check_tensors, check_text
 from .config import PSAConfig
 from .errors import ConfigError
-from .order import Arranged, Tokens, arrange
+from .order import Arranged, Held, Tokens, arrange
 from .plan import Plan
 from .reorder import Permutation, SemanticState
 from .slope import slope_correction
@@ -129,8 +129,8 @@ def make_plan(
         check_importance(importance, q, (-(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)))
         if settings.rearrange_method == "auto":
             raise ConfigError("importance: scores of your own need one token order; rearrange_method 'auto' tries two")
-    choice = recorded.choice(settings, q, k)
-    arranged = arrange(q, k, v, settings, tokens, scale=scale, state=state, choice=choice)
+    choice, held = recorded.choice(settings, q, k)
+    arranged = arrange(q, k, v, settings, tokens, scale=scale, state=state, choice=choice, held=held)
     return _plan(arranged, settings, tokens, scale, importance, recorded, choice)
 
 
@@ -141,15 +141,16 @@ class _Recorded(NamedTuple):
     layer: object
     step: int | None
 
-    def choice(self, config: PSAConfig, q: Tensor, k: Tensor) -> Tensor | None:
-        """The choice to reuse, if any."""
+    def choice(self, config: PSAConfig, q: Tensor, k: Tensor) -> tuple[Tensor | None, Held | None]:
+        """The choice to reuse, if any, and the order that it was made for."""
         if self.probes is None or self.step is None or config.mask_mode != "auto" or config.type == "dense":
-            return None
-        return self.probes.choice(self.layer, self.step, config, q, k)
+            return None, None
+        choice = self.probes.choice(self.layer, self.step, config, q, k)
+        return choice, None if choice is None else self.probes.held(self.layer, self.step)
 
-    def record(self, plan: Plan, reused: Tensor | None) -> None:
+    def record(self, plan: Plan, reused: Tensor | None, held: Held | None) -> None:
         if self.probes is not None and self.step is not None:
-            self.probes.record(self.layer, self.step, plan, reused)
+            self.probes.record(self.layer, self.step, plan, reused, held)
 
 
 def _plan(
@@ -164,7 +165,7 @@ def _plan(
     """The plan of tokens in its order."""
     q, k, v = arranged[:3]
     choice = arranged.choice if reused is None else reused[..., :CONCENTRATION].contiguous()
-    levels, power, caps, pairs, slope, chosen = ops.select(
+    levels, power, caps, pairs, slope, chosen = planning.select(
         q,
         k,
         v,
@@ -182,7 +183,7 @@ def _plan(
     made = {"query_power": power, "bias_cap": caps, "pair_bias": pairs, "slope": slope, "choice": chosen}
     plan = _plan_of(arranged, settings, tokens, levels, **made)
     if reused is not None or v is not None:
-        recorded.record(plan, reused)
+        recorded.record(plan, reused, arranged.held)
     return plan
 
 
@@ -301,8 +302,8 @@ def plan_then_attend(
     together = at_once(q, k, config, backend)
     q, k, v = _checked(q, k, v, tokens, enable_gqa)
     scale, recorded = check_scale(scale, q.shape[-1]), _Recorded(probes, layer, step)
-    choice = recorded.choice(config, q, k)
-    arranged = arrange(q, k, v, config, tokens, scale=scale, state=state, choice=choice)
+    choice, held = recorded.choice(config, q, k)
+    arranged = arrange(q, k, v, config, tokens, scale=scale, state=state, choice=choice, held=held)
     q, k, v, mask, order, *_ = arranged
     if not together:
         with torch.no_grad():

@@ -16,8 +16,8 @@ class PSAAttention(nn.Module):
     """Holds a :class:`PSAConfig`; called like :func:`psa.psa_attention`, with the same arguments and results.
 
     In the automatic mode, ``step=`` (and ``layer=``, where one module serves several) let a call reuse what an earlier
-    step chose; without ``step`` every call probes. The choices are in ``probe_state``. Where
-    tokens go by content, each layer's clustering starts where its last one ended, in ``reorder_states`` by its name.
+    step chose; without ``step`` every call probes. The choices, and the orders by content that go with them, are in
+    ``probe_state``; each layer's clustering starts where its last one ended, in ``reorder_states`` by its name.
 
     Args:
         config: settings of every call; default as in :func:`psa.psa_attention`.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from .candidates import CANDIDATES
 from .errors import ConfigError, PSAError
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from .order import Held
 
 FACTS, CONCENTRATION, BY_CONTENT = 5, 4, 5
 """Columns of a choice; the one that holds the importance's concentration; and the further one where each head's order
@@ -56,8 +59,9 @@ class ProbeState:
 
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then the next call probes again: the one that
-    drifted has used the old choice. New runs, other lengths and other settings are probed at once. Every choice used is
-    kept (a reused one once), so that a run can be replayed bit for bit:
+    drifted has used the old choice. New runs, other lengths and other settings are probed at once. Where tokens go by
+    content, a reused choice keeps the order they had when it was made; orders are not saved. Every choice used is kept
+    (a reused one once), so that a run can be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -71,6 +75,7 @@ class ProbeState:
         self.settings: dict[tuple[str, int], str] = {}
         self.probed: list[tuple[str, int]] = []
         self._last: dict[str, _Entry] = {}
+        self._held: dict[str, Held] = {}
 
     def choice(self, layer: object, step: int, config: Any, q: Tensor, k: Tensor) -> Tensor | None:
         """The choice to reuse, on the device of q, or None when the layer has to be probed."""
@@ -110,12 +115,25 @@ class ProbeState:
         """Forgets everything, for a new run; a replaying state keeps what it repeats."""
         if not self.replay:
             self.history, self.settings, self.probed, self._last = {}, {}, [], {}
+        self._held = {}
 
-    def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None) -> None:
-        """Remembers what a plan with v chose. ``reused`` is what :meth:`choice` gave for it."""
-        if plan.choice is None or self.replay:
+    def held(self, layer: object, step: int) -> "Held | None":
+        """The order by content that goes with the layer's choice, if it is known; a step that probed makes its own."""
+        name, _ = key = _key(layer, step)
+        return None if self.replay and key in self.probed else self._held.get(name)
+
+    def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None, held: "Held | None" = None) -> None:
+        """Remembers what a plan with v chose, and the order it ``held``. ``reused`` is what :meth:`choice` gave for
+        it."""
+        if plan.choice is None:
             return
         name, _ = key = _key(layer, step)
+        if held is not None:
+            self._held[name] = held
+        elif reused is None:
+            self._held.pop(name, None)
+        if self.replay:
+            return
         if reused is None:
             assert plan.config is not None  # as of every plan with a choice
             facts, lengths = plan.choice[..., CONCENTRATION], (plan.length_q, plan.length_k)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, planning
 from .backends import choose, planner
 from .backends.base import Selection
 from .config import PSAConfig
+from .vmap import batched
 
 
 def at_once(q: Any, k: Any, config: PSAConfig, backend: str) -> bool:
@@ -43,7 +44,7 @@ def plan_and_attend(
     text_position: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`psa.ops.select` and :func:`psa.ops.attend` do one after the other, on reordered tokens.
+    """What :func:`psa.planning.select` and :func:`psa.ops.attend` do one after the other, on reordered tokens.
 
     Returns:
         out [B, H, Lq, D], lse float32 [B, H, Lq], levels uint8 [B, H, M, N]; query_power float32 [B, H, D] and bias_cap
@@ -60,7 +61,7 @@ def plan_and_attend(
             q.new_empty(0, dtype=torch.float32) if x is None else x for x in (made.query_power, made.bias_cap)
         )
         return out, lse, made.levels, power, cap
-    levels, power, cap, *_ = ops.select(
+    levels, power, cap, *_ = planning.select(
         q, k, None, None, key_mask, None, config_key, scale, is_causal, text_length, text_position
     )
     bias = (power, cap) if power.numel() else (None, None)
@@ -100,4 +101,4 @@ def _differentiate(ctx, grad_out, grad_lse, *_):
 
 
 plan_and_attend.register_autograd(_differentiate, setup_context=_save)
-torch.library.register_vmap(plan_and_attend, ops.batched(plan_and_attend, 0))
+torch.library.register_vmap(plan_and_attend, batched(plan_and_attend, 0))

@@ -4,21 +4,20 @@ The order of tokens inside a block changes nothing for exact attention and nothi
 how much an average of 2, 4, … 32 neighbours loses.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from psa.autocast import unaffected
 from psa.memory import mean_square, scratch_elements
 from psa.pyramid import group_sums
+from psa.vmap import batched
 
 DIRECTIONS = 8
 """Coordinates in which keys are compared: the head's main directions of spread inside blocks."""
 
 
-JUDGED = 4
-"""Group size by whose tightness a head's sorted order is kept or left."""
+JUDGED, JUDGING_BLOCKS = 4, 32
+"""Group size by whose tightness a head's sorted order is kept or left, and the blocks, evenly spaced, that tell it."""
 
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
@@ -65,8 +64,12 @@ def _sorted(k: Tensor, weight: Tensor, stays: Tensor | None, order: Tensor, bloc
         local = local.unflatten(2, (-1, size)).gather(-1, rank).flatten(2)
         points = parts.gather(4, rank[:, :, None].expand_as(parts)).flatten(3)
         size //= 2
-    tighter = _tightness(keys.gather(2, local[..., None].expand_as(keys))) > _tightness(keys)
-    return torch.where(tighter[..., None], local, order)
+    count = blocks.shape[2]
+    judging = torch.arange(min(count, JUDGING_BLOCKS), device=k.device) * count // min(count, JUDGING_BLOCKS)
+    before = blocks[:, :, judging]
+    moved = local.unflatten(2, (-1, block_n))[:, :, judging] - judging[:, None] * block_n
+    after = before.gather(3, moved[..., None].expand_as(before))
+    return torch.where((_tightness(after) > _tightness(before))[..., None], local, order)
 
 
 @key_order.register_fake
@@ -75,8 +78,8 @@ def _(q, k, key_mask, block_n):
 
 
 def _tightness(keys: Tensor) -> Tensor:
-    """Energy of the means of groups of JUDGED keys, [B, Hkv]: what is not lost within groups."""
-    return group_sums(keys, JUDGED).square().sum((2, 3))
+    """Energy of the means of groups of JUDGED keys of [B, Hkv, N, block_n, D]: what is not lost within groups."""
+    return group_sums(keys.flatten(2, 3), JUDGED).square().sum((2, 3))
 
 
 def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
@@ -96,14 +99,4 @@ def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
     return basis
 
 
-def _vmap(info, dims, q, k, key_mask, block_n):
-    folded: list[Any] = []
-    for x, dim in zip((q, k, key_mask), dims, strict=False):
-        if x is not None:
-            x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
-            x = x.flatten(0, 1)
-        folded.append(x)
-    return key_order(folded[0], folded[1], folded[2], block_n).unflatten(0, (info.batch_size, -1)), 0
-
-
-torch.library.register_vmap(key_order, _vmap)
+torch.library.register_vmap(key_order, batched(key_order, 0))
