@@ -99,9 +99,9 @@ def arrange(
             it takes the first.
         held: the order that the choice was made for, if it is known.
     """
-    if tokens.is_causal:
+    if tokens.is_causal or config.type == "dense":
         return _moved(q, k, v, tokens, None)
-    two = config.rearrange_method == "auto" and config.type == "psa" and config.use_rearrange
+    two = config.rearrange_method == "auto" and config.use_rearrange
     two = two and (v is not None and 0 not in (*q.shape, *k.shape) if choice is None else choice.shape[-1] > BY_CONTENT)
     by_content = choice[..., BY_CONTENT] > 0.5 if two and choice is not None else None
     order, new = None if held is None or choice is None else held.order_of(q, k, tokens), None
@@ -181,7 +181,7 @@ def _with_sorted_keys(
     q: Tensor, k: Tensor, base: Permutation | None, config: PSAConfig, tokens: Tokens
 ) -> Permutation | None:
     """``base`` (None: the caller's order) with the keys of every block sorted, per head, if they are to be."""
-    if not config.sort_keys or config.type != "psa":
+    if not config.sort_keys:
         return base
     base = base or _unmoved(q, k)
     mask = None if tokens.key_mask is None else base.apply_k_mask(tokens.key_mask)

@@ -68,7 +68,7 @@ class Session:
     place: tuple[int, int] | None = None
     masks: dict[int, tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict, repr=False)
     orders: dict[str, SemanticState] = field(default_factory=dict, repr=False)
-    """Centroids of each layer's last step, where the next one's clustering starts."""
+    """Centroids of each layer's last clustering, where the next one starts."""
     processors: dict[int, Any] = field(default_factory=dict, repr=False)
     """By layer index, weakly: the processor that serves it."""
 
