@@ -196,7 +196,7 @@ def cost_table(rows: list[Row]) -> str:
 
 
 def reuse_table(rows: list[Row]) -> str:
-    """The first step's choices at later steps: quotients of geometric means over layers and heads."""
+    """Choices at later steps: quotients of geometric means over layers and heads."""
     lines = [
         "| order | step | error ÷ with a choice of its own | worst head | error ÷ reported | layers probed by drift |",
         "|---|---|---|---|---|---|",

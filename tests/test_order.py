@@ -131,31 +131,43 @@ def test_a_choice_of_another_shape_is_no_saved_state():
 
 
 @pytest.mark.parametrize("method", ["auto", "hybrid", "semantic"])
-def test_an_order_is_held_with_its_choice_and_replayed(method, tmp_path):
-    module = psa.PSAAttention(AUTO, rearrange_method=method, probe_every=2, probe_drift=9.0)
-    steps = [heads(seed=seed) for seed in range(3)]
+def test_an_order_is_held_for_a_third_of_the_time_and_replayed(method, tmp_path):
+    settings = {"rearrange_method": method, "probe_every": 6, "probe_drift": 9.0}
+    steps = {step: heads(seed=step) for step in (0, 1, 2, 6)}
 
     def run(module):
         plans = []
-        for step, (q, k, v) in enumerate(steps):
+        for step, (q, k, v) in steps.items():
             out, plan = module(q, k, v, **CALL, step=step, return_plan=True)
-            error = relative_error(out, F.scaled_dot_product_attention(q, k, v))
-            plans.append((plan, out, error, module.reorder_states["0"]))
+            plans.append((plan.permutation, out, module.reorder_states["0"]))
         return plans
 
-    first, reused, probed = run(module)
-    assert module.probe_state.probed == [("0", 0), ("0", 2)]
-    assert torch.equal(reused[0].permutation.q_order, first[0].permutation.q_order) and reused[3] is first[3]
-    blocks = lambda plan: plan.permutation.k_order[..., :1024].unflatten(-1, (-1, 32)).sort(-1).values  # noqa: E731
-    assert torch.equal(blocks(reused[0]), blocks(first[0])), "keys are sorted anew, within their blocks"
-    assert not torch.equal(reused[0].permutation.k_order, first[0].permutation.k_order)
-    assert not torch.equal(probed[0].permutation.q_order, first[0].permutation.q_order) and probed[3] is not first[3]
-    assert (reused[2] > probed[2]).any(), "tokens of another call are in the wrong order"
+    module = psa.PSAAttention(AUTO, **settings)
+    first, held, anew, probed = run(module)
+    assert module.probe_state.probed == [("0", 0), ("0", 6)]
+    assert torch.equal(held[0].q_order, first[0].q_order) and held[2] is first[2]
+    blocks = lambda order: order.k_order[..., :1024].unflatten(-1, (-1, 32)).sort(-1).values  # noqa: E731
+    assert torch.equal(blocks(held[0]), blocks(first[0])), "keys are sorted anew, within their blocks"
+    assert not torch.equal(held[0].k_order, first[0].k_order)
+    for before, later in ((held, anew), (anew, probed)):
+        assert not torch.equal(later[0].q_order, before[0].q_order) and later[2] is not before[2]
     module.probe_state.save(tmp_path / "choices.json")
-    replay = psa.PSAAttention(AUTO, rearrange_method=method, probe_every=2, probe_drift=9.0)
+    replay = psa.PSAAttention(AUTO, **settings)
     replay.probe_state = psa.ProbeState.load(tmp_path / "choices.json", replay=True)
-    for one, other in zip(run(replay), (first, reused, probed), strict=True):
+    for one, other in zip(run(replay), (first, held, anew, probed), strict=True):
         assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "period"), [(12, 10, 6), (50, 10, 10), (11, 10, 6), (4, 10, 4), (None, 7, 7)]
+)
+def test_probes_are_spread_evenly_over_a_run(steps, every, period):
+    q, k, v = (x[:, :1, :256] for x in heads())
+    state, config = psa.ProbeState(steps=steps), AUTO.replace(rearrange_method="Gilbert", probe_every=every)
+    for step in range(steps or 15):
+        psa.plan(q, k, config, v=v, probes=state, step=step)
+    assert state.period(config) == period
+    assert [step for _, step in state.probed] == list(range(0, steps or 15, period))
 
 
 def test_an_order_is_held_for_tokens_like_its_own_only():
@@ -164,7 +176,7 @@ def test_an_order_is_held_for_tokens_like_its_own_only():
     state = psa.ProbeState()
     call = {"v": v, "probes": state, "layer": "a"}
     psa.plan(q, k, AUTO, **call, step=0, **CALL, key_mask=mask)
-    held = state.held("a", 1)
+    held = state.held("a", 1, AUTO)
     assert held is not None and held.q_order.dtype == torch.int32
     asked = psa.order.Tokens(False, GRID, TEXT, "last", mask)
     assert held.order_of(q, k, asked) is not None
@@ -181,7 +193,7 @@ def test_an_order_is_held_for_tokens_like_its_own_only():
     dense = F.scaled_dot_product_attention(q, k, v, swapped[:, None, None])
     assert (relative_error(psa.attend(q, k, v, plan), dense) < 0.7).all()
     state.clear()
-    assert state.held("a", 1) is None
+    assert state.held("a", 1, AUTO) is None
 
 
 @pytest.mark.parametrize("config", [AUTO, AUTO.replace(importance="sampled"), AUTO.replace(use_sim_mask=True)])

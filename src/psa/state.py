@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .candidates import CANDIDATES
+from .config import PSAConfig
 from .errors import ConfigError, PSAError
 from .plan import Plan
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 FACTS, CONCENTRATION, BY_CONTENT = 5, 4, 5
 """Columns of a choice; the one that holds the importance's concentration; and the further one where each head's order
 is chosen too: 1 where its tokens go by content."""
+ORDERS_PER_PROBE = 3
+"""How often an order by content is made anew while a choice is reused."""
 _NAMES = [candidate.name for candidate in CANDIDATES]
 """What the numbers of a saved choice stand for."""
 
@@ -59,9 +62,10 @@ class ProbeState:
 
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then the next call probes again: the one that
-    drifted has used the old choice. New runs, other lengths and other settings are probed at once. Where tokens go by
-    content, a reused choice keeps the order they had when it was made; orders are not saved. Every choice used is kept
-    (a reused one once), so that a run can be replayed bit for bit:
+    drifted has used the old choice. New runs, other lengths and other settings are probed at once. Where ``steps`` says
+    how many there are in a run, as many probes are spread evenly over them. Where tokens go by content, their order is
+    made anew three times for every probe and held in between; orders are not saved. Every choice used is kept (a reused
+    one once), so that a run can be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -69,15 +73,21 @@ class ProbeState:
     error.
     """
 
-    def __init__(self, *, replay: bool = False) -> None:
-        self.replay = replay
+    def __init__(self, *, replay: bool = False, steps: int | None = None) -> None:
+        self.replay, self.steps = replay, steps
         self.history: dict[tuple[str, int], Tensor] = {}
         self.settings: dict[tuple[str, int], str] = {}
         self.probed: list[tuple[str, int]] = []
         self._last: dict[str, _Entry] = {}
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, tuple[int, Held]] = {}
 
-    def choice(self, layer: object, step: int, config: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    def period(self, config: PSAConfig) -> int:
+        """Steps for which a choice is reused."""
+        if self.steps is None:
+            return config.probe_every
+        return -(-self.steps // -(-self.steps // config.probe_every))
+
+    def choice(self, layer: object, step: int, config: PSAConfig, q: Tensor, k: Tensor) -> Tensor | None:
         """The choice to reuse, on the device of q, or None when the layer has to be probed."""
         key = _key(layer, step)
         if self.replay:
@@ -91,7 +101,7 @@ class ProbeState:
                 raise PSAError(f"replay: layer {key[0]!r} was recorded with other settings: {self.settings[key]}")
             return choice.to(q.device)
         last = self._last.get(key[0])
-        if last is None or step < last.seen or step - last.step >= config.probe_every:
+        if last is None or step < last.seen or step - last.step >= self.period(config):
             return None
         if last.choice.shape[:2] != q.shape[:2] or last.lengths not in (None, (q.shape[2], k.shape[2])):
             return None
@@ -117,10 +127,13 @@ class ProbeState:
             self.history, self.settings, self.probed, self._last = {}, {}, [], {}
         self._held = {}
 
-    def held(self, layer: object, step: int) -> "Held | None":
-        """The order by content that goes with the layer's choice, if it is known; a step that probed makes its own."""
+    def held(self, layer: object, step: int, config: PSAConfig) -> "Held | None":
+        """The order by content to go on with; None where one is to be made."""
         name, _ = key = _key(layer, step)
-        return None if self.replay and key in self.probed else self._held.get(name)
+        if name not in self._held or (self.replay and key in self.probed):
+            return None
+        made, held = self._held[name]
+        return held if 0 <= step - made < max(1, self.period(config) // ORDERS_PER_PROBE) else None
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None, held: "Held | None" = None) -> None:
         """Remembers what a plan with v chose, and the order it ``held``. ``reused`` is what :meth:`choice` gave for
@@ -129,7 +142,7 @@ class ProbeState:
             return
         name, _ = key = _key(layer, step)
         if held is not None:
-            self._held[name] = held
+            self._held[name] = step, held
         elif reused is None:
             self._held.pop(name, None)
         if self.replay:
