@@ -132,7 +132,7 @@ def test_a_choice_of_another_shape_is_no_saved_state():
 
 @pytest.mark.parametrize("method", ["auto", "hybrid", "semantic"])
 def test_an_order_is_held_for_a_third_of_the_time_and_replayed(method, tmp_path):
-    settings = {"rearrange_method": method, "probe_every": 6, "probe_drift": 9.0}
+    settings = {"rearrange_method": method, "probe_drift": 9.0}
     steps = {step: heads(seed=step) for step in (0, 1, 2, 6)}
 
     def run(module):
@@ -143,6 +143,7 @@ def test_an_order_is_held_for_a_third_of_the_time_and_replayed(method, tmp_path)
         return plans
 
     module = psa.PSAAttention(AUTO, **settings)
+    module.probe_state.steps = 12
     first, held, anew, probed = run(module)
     assert module.probe_state.probed == [("0", 0), ("0", 6)]
     assert torch.equal(held[0].q_order, first[0].q_order) and held[2] is first[2]

@@ -83,7 +83,7 @@ class ProbeState:
 
     def period(self, config: PSAConfig) -> int:
         """Steps for which a choice is reused."""
-        if self.steps is None:
+        if not self.steps:
             return config.probe_every
         return -(-self.steps // -(-self.steps // config.probe_every))
 
@@ -194,7 +194,13 @@ class ProbeState:
             for (layer, _), (choice, key, steps) in used.items()
         ]
         probed = [list(key) for key in self.probed]
-        return {"candidates": _NAMES, "settings": settings, "choices": choices, "probed": probed}
+        return {
+            "candidates": _NAMES,
+            "settings": settings,
+            "choices": choices,
+            "probed": probed,
+            "steps": self.steps,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, replay: bool = False) -> "ProbeState":
@@ -212,6 +218,7 @@ class ProbeState:
                 state.history |= dict.fromkeys(keys, choice)
                 state.settings.update(dict.fromkeys(keys, str(data["settings"][item["settings"]])))
             state.probed = [_key(*item) for item in data["probed"]]
+            state.steps = data.get("steps")
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
         for key in state.probed:
