@@ -185,6 +185,7 @@ def cost_table(rows: list[Row]) -> str:
         "for a target": "probing for a target",
         "of a shared budget": "probing for a shared budget",
         "of orders": "probing both orders",
+        "clustering": "clustering",
         "sorted keys": "sorting keys",
         "slope": "slope",
     }

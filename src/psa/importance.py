@@ -29,6 +29,7 @@ class ScoreRows:
         query_position, key_position: a key row is visible unless its position is after the query row's. None: all are.
         per_block_q, per_block_k: rows that make up one block.
         largest: a block pair counts by its largest share, not by their sum.
+        real: bool [Rq], query rows that count; None: all do.
     """
 
     queries: Tensor
@@ -39,14 +40,15 @@ class ScoreRows:
     per_block_q: int
     per_block_k: int
     largest: bool = False
+    real: Tensor | None = None
 
     def of_blocks(self, blocks: Tensor) -> "ScoreRows":
-        """Those of some query blocks, int64 [S], ascending. Of a partial last one the last row counts for those it
-        lacks."""
-        place = torch.arange(self.per_block_q, device=blocks.device)
-        index = (blocks[:, None] * self.per_block_q + place).flatten().clamp(max=self.queries.shape[2] - 1)
+        """Those of some query blocks, int64 [S], ascending; rows that a partial last one lacks do not count."""
+        place, count = torch.arange(self.per_block_q, device=blocks.device), self.queries.shape[2]
+        index = (blocks[:, None] * self.per_block_q + place).flatten()
+        real, index = index < count, index.clamp(max=count - 1)
         position = None if self.query_position is None else self.query_position[index]
-        return replace(self, queries=self.queries[:, :, index], query_position=position)
+        return replace(self, queries=self.queries[:, :, index], query_position=position, real=real)
 
 
 @torch.no_grad()
@@ -165,6 +167,8 @@ def block_scores(rows: ScoreRows, wanted: Tensor | None = None) -> Tensor:
         mass = logits.sub_(peak[..., None, None]).exp_()
         total = mass.sum(2)
         mass = (mass.amax(2) if rows.largest else total) / total.sum(-1, keepdim=True).clamp(min=tiny)
+        if rows.real is not None:
+            mass = mass * rows.real[start : start + step, None]
         mass = _pad_rows(mass, rows.per_block_q).unflatten(1, (-1, rows.per_block_q))
         block = start // rows.per_block_q
         out[b, of, block : block + mass.shape[1], :width] = mass.amax(2) if rows.largest else mass.sum(2)

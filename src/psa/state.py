@@ -63,9 +63,9 @@ class ProbeState:
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then the next call probes again: the one that
     drifted has used the old choice. New runs, other lengths and other settings are probed at once. Where ``steps`` says
-    how many there are in a run, as many probes are spread evenly over them. Where tokens go by content, their order is
-    made anew three times for every probe and held in between; orders are not saved. Every choice used is kept (a reused
-    one once), so that a run can be replayed bit for bit:
+    how many there are in a run, as many probes are spread evenly over them, but for drift. Where tokens go by content,
+    their order is made at most three times for every probe and held in between. Every choice used is kept (a reused one
+    once), and where orders were made, so that a run can be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -74,16 +74,30 @@ class ProbeState:
     """
 
     def __init__(self, *, replay: bool = False, steps: int | None = None) -> None:
-        self.replay, self.steps = replay, steps
+        self.replay, self._steps = replay, _whole(steps)
         self.history: dict[tuple[str, int], Tensor] = {}
         self.settings: dict[tuple[str, int], str] = {}
         self.probed: list[tuple[str, int]] = []
+        self.ordered: set[tuple[str, int]] = set()
+        """Where orders by content were made."""
         self._last: dict[str, _Entry] = {}
         self._held: dict[str, tuple[int, Held]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}  # copies make orders of their own: these are large
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of a run that may be sparse, where it is known. ConfigError for what is no whole number above 0."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        self._steps = _whole(steps)
+
     def period(self, config: PSAConfig) -> int:
         """Steps for which a choice is reused."""
-        if not self.steps:
+        if self.steps is None:
             return config.probe_every
         return -(-self.steps // -(-self.steps // config.probe_every))
 
@@ -125,30 +139,39 @@ class ProbeState:
         """Forgets everything, for a new run; a replaying state keeps what it repeats."""
         if not self.replay:
             self.history, self.settings, self.probed, self._last = {}, {}, [], {}
+            self.ordered = set()
         self._held = {}
 
     def held(self, layer: object, step: int, config: PSAConfig) -> "Held | None":
-        """The order by content to go on with; None where one is to be made."""
+        """The order by content to go on with, if tokens are such as it was made for; None where one is to be made."""
         name, _ = key = _key(layer, step)
-        if name not in self._held or (self.replay and key in self.probed):
+        if name not in self._held:
             return None
         made, held = self._held[name]
-        return held if 0 <= step - made < max(1, self.period(config) // ORDERS_PER_PROBE) else None
+        if self.replay:
+            return None if key in self.ordered else held
+        return held if 0 < step - made < self._holding(config) else None
+
+    def _holding(self, config: PSAConfig) -> int:
+        """Steps that an order serves."""
+        return -(-self.period(config) // ORDERS_PER_PROBE)
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None, held: "Held | None" = None) -> None:
         """Remembers what a plan with v chose, and the order it ``held``. ``reused`` is what :meth:`choice` gave for
         it."""
         if plan.choice is None:
             return
+        assert plan.config is not None  # as of every plan with a choice
         name, _ = key = _key(layer, step)
-        if held is not None:
-            self._held[name] = step, held
-        elif reused is None:
+        if held is not None or reused is None:
             self._held.pop(name, None)
+        if held is not None and (self.replay or self._holding(plan.config) > 1):
+            self._held[name] = step, held
         if self.replay:
             return
+        if held is not None:
+            self.ordered.add(key)
         if reused is None:
-            assert plan.config is not None  # as of every plan with a choice
             facts, lengths = plan.choice[..., CONCENTRATION], (plan.length_q, plan.length_k)
             self._last[name] = _Entry(step, plan.config.key, plan.choice, facts, lengths, step)
             if key in self.history:
@@ -165,6 +188,7 @@ class ProbeState:
         self.history |= some
         self.settings |= {key: other.settings[key] for key in some}
         self.probed += [key for key in other.probed if key in some]
+        self.ordered |= {key for key in other.ordered if key in some}
 
     def stats(self) -> list[dict[str, Any]]:
         """One row per layer and step: how many heads chose each setting, mean density asked for, mean and worst
@@ -199,7 +223,7 @@ class ProbeState:
             "settings": settings,
             "choices": choices,
             "probed": probed,
-            "steps": self.steps,
+            "ordered": sorted(map(list, self.ordered)),
         }
 
     @classmethod
@@ -218,7 +242,8 @@ class ProbeState:
                 state.history |= dict.fromkeys(keys, choice)
                 state.settings.update(dict.fromkeys(keys, str(data["settings"][item["settings"]])))
             state.probed = [_key(*item) for item in data["probed"]]
-            state.steps = data.get("steps")
+            # Before there was such a list, every call made an order.
+            state.ordered = {_key(*item) for item in data["ordered"]} if "ordered" in data else set(state.history)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise PSAError(f"not a saved probe state ({error!r})") from error
         for key in state.probed:
@@ -265,6 +290,12 @@ def _key(layer: object, step: object) -> tuple[str, int]:
     if isinstance(step, bool) or not isinstance(step, int):
         raise ConfigError(f"step: {step!r} is not a whole number")
     return str(layer), step
+
+
+def _whole(steps: int | None) -> int | None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ConfigError(f"steps: {steps!r} is not a whole number above 0")
+    return steps
 
 
 def _plain(values: Tensor) -> list[float | None]:

@@ -74,9 +74,9 @@ class Schedule:
             return self.min_queries
         return SHORT if config.mask_mode == "auto" else 0
 
-    def sparse_steps(self, steps: int | None) -> int | None:
-        """How many of a run's steps may be sparse; None where that is not known."""
-        return None if steps is None else max(1, steps - self.warmup_steps - self.dense_last_steps)
+    def sparse_steps(self, first: int, steps: int | None) -> int | None:
+        """How many of a run's steps from the ``first`` on may be sparse; None where that is not known."""
+        return None if steps is None else max(1, steps - max(first, self.warmup_steps) - self.dense_last_steps)
 
     def warn_if_never_sparse(self, steps: int | None) -> None:
         if self.config.type == "psa" and steps is not None and steps <= self.warmup_steps + self.dense_last_steps:

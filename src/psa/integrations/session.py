@@ -108,7 +108,7 @@ class Session:
             self.stats.clear()
             self.probes.clear()
             self.orders.clear()
-            self.probes.steps = self.schedule.sparse_steps(self.reader.steps)
+            self.probes.steps = self.schedule.sparse_steps(self.reader.step, self.reader.steps)
             self.schedule.warn_if_never_sparse(self.reader.steps)
         self.probes.settle()
 
