@@ -53,7 +53,7 @@ def main() -> None:
     fixed, auto = psa.PSAConfig(mask_mode="proportional", density=0.15), psa.PSAConfig(density=0.15)
     target, shared = psa.PSAConfig(target_error=0.05), psa.PSAConfig(density=0.15, share_heads=True)
     ordered = psa.PSAConfig(density=0.15, rearrange_method="auto")
-    state, orders = psa.ProbeState(), psa.ProbeState()
+    state, orders = psa.ProbeState(), psa.ProbeState(steps=48)
     reused = psa.plan(q, k, auto, v=v, grid=grid, probes=state, step=0)
     clusters = psa.plan(q, k, ordered, v=v, grid=grid, probes=orders, step=0).reorder_state
     attend = psa.attend

@@ -1,10 +1,10 @@
-"""How wrong a reused choice is: the bundled model's layers, probed at the first step and halfway.
+"""How wrong a reused choice is: the bundled model's layers, probed at the first step and after ten.
 
     python benchmarks/reuse.py
 
 For every layer, head and step: the true error with the choice made last, the error that was reported with it, the
-true error with a choice of the step's own, and whether drift would have probed by then; in Gilbert order, and with
-orders that the probes choose and reused choices hold. Rows go to
+true error with a choice of the step's own, and whether drift would have probed by then; in Gilbert order, and in the
+order that the probes choose. Rows go to
 ``benchmarks/results/reuse.jsonl``; ``benchmarks/render.py`` makes the table.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     for order in ("Gilbert", "auto"):
         drifting = psa.PSAConfig(density=0.15, rearrange_method=order)
         never = drifting.replace(probe_drift=1e9)
-        kept, watched = psa.ProbeState(steps=STEPS), psa.ProbeState(steps=STEPS)
+        kept, watched = psa.ProbeState(), psa.ProbeState()
         clusters = {}
         for case in cases:
             step, layer = (int("".join(filter(str.isdigit, part))) for part in case.name.split("-"))

@@ -75,8 +75,8 @@ class PSAConfig:
         max_density: upper bound of what ``target_error`` may choose.
         probe_rows: query rows per head whose exact attention is computed in a call that probes; half as many more with
             ``target_error`` or ``share_heads``, where others choose than measure.
-        probe_every, probe_drift: with a :class:`psa.ProbeState`, most steps for which a choice is reused, and the
-            relative change of the importance's concentration that ends it sooner.
+        probe_every, probe_drift: with a :class:`psa.ProbeState`, steps for which a choice is reused, and the relative
+            change of the importance's concentration that ends it sooner.
         published: in auto mode, also try the published topk and thresholdbound, stretched to the density, on every
             head. Costs a sort of the importance in every call; benchmarks/quality.py found no head that gains.
         slope: add the first-order term of what averaging loses of the values, by torch operators. Default: True only in

@@ -146,7 +146,7 @@ class _Recorded(NamedTuple):
         if self.probes is None or self.step is None or config.mask_mode != "auto" or config.type == "dense":
             return None, None
         choice = self.probes.choice(self.layer, self.step, config, q, k)
-        return choice, None if choice is None else self.probes.held(self.layer, self.step, config)
+        return choice, None if choice is None else self.probes.held(self.layer, self.step)
 
     def record(self, plan: Plan, reused: Tensor | None, held: Held | None) -> None:
         if self.probes is not None and self.step is not None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 FACTS, CONCENTRATION, BY_CONTENT = 5, 4, 5
 """Columns of a choice; the one that holds the importance's concentration; and the further one where each head's order
 is chosen too: 1 where its tokens go by content."""
-ORDERS_PER_PROBE = 3
-"""How often an order by content is made anew while a choice is reused."""
+ORDERS_PER_RUN = 12
+"""How often an order by content is made anew, at least, in a run whose length is known."""
 _NAMES = [candidate.name for candidate in CANDIDATES]
 """What the numbers of a saved choice stand for."""
 
@@ -63,9 +63,8 @@ class ProbeState:
     A choice is reused for ``probe_every`` steps, unless the importance's concentration (the mean sum of squared shares)
     has moved by more than ``probe_drift`` in any head since it was made; then the next call probes again: the one that
     drifted has used the old choice. New runs, other lengths and other settings are probed at once. Where ``steps`` says
-    how many there are in a run, as many probes are spread evenly over them, but for drift. Where tokens go by content,
-    their order is made at most three times for every probe and held in between. Every choice used is kept (a reused one
-    once), and where orders were made, so that a run can be replayed bit for bit:
+    how many there are in a run, an order by content is held for a twelfth of them; else every call makes one. Every
+    choice used is kept (a reused one once), and where orders were made, so that a run can be replayed bit for bit:
 
         state.save("choices.json");  replay = ProbeState.load("choices.json", replay=True)
 
@@ -95,12 +94,6 @@ class ProbeState:
     def steps(self, steps: int | None) -> None:
         self._steps = _whole(steps)
 
-    def period(self, config: PSAConfig) -> int:
-        """Steps for which a choice is reused."""
-        if self.steps is None:
-            return config.probe_every
-        return -(-self.steps // -(-self.steps // config.probe_every))
-
     def choice(self, layer: object, step: int, config: PSAConfig, q: Tensor, k: Tensor) -> Tensor | None:
         """The choice to reuse, on the device of q, or None when the layer has to be probed."""
         key = _key(layer, step)
@@ -115,7 +108,7 @@ class ProbeState:
                 raise PSAError(f"replay: layer {key[0]!r} was recorded with other settings: {self.settings[key]}")
             return choice.to(q.device)
         last = self._last.get(key[0])
-        if last is None or step < last.seen or step - last.step >= self.period(config):
+        if last is None or step < last.seen or step - last.step >= config.probe_every:
             return None
         if last.choice.shape[:2] != q.shape[:2] or last.lengths not in (None, (q.shape[2], k.shape[2])):
             return None
@@ -142,7 +135,7 @@ class ProbeState:
             self.ordered = set()
         self._held = {}
 
-    def held(self, layer: object, step: int, config: PSAConfig) -> "Held | None":
+    def held(self, layer: object, step: int) -> "Held | None":
         """The order by content to go on with, if tokens are such as it was made for; None where one is to be made."""
         name, _ = key = _key(layer, step)
         if name not in self._held:
@@ -150,28 +143,29 @@ class ProbeState:
         made, held = self._held[name]
         if self.replay:
             return None if key in self.ordered else held
-        return held if 0 < step - made < self._holding(config) else None
+        return held if 0 < step - made < self._holding else None
 
-    def _holding(self, config: PSAConfig) -> int:
+    @property
+    def _holding(self) -> int:
         """Steps that an order serves."""
-        return -(-self.period(config) // ORDERS_PER_PROBE)
+        return 1 if self.steps is None else max(1, self.steps // ORDERS_PER_RUN)
 
     def record(self, layer: object, step: int, plan: Plan, reused: Tensor | None, held: "Held | None" = None) -> None:
         """Remembers what a plan with v chose, and the order it ``held``. ``reused`` is what :meth:`choice` gave for
         it."""
         if plan.choice is None:
             return
-        assert plan.config is not None  # as of every plan with a choice
         name, _ = key = _key(layer, step)
         if held is not None or reused is None:
             self._held.pop(name, None)
-        if held is not None and (self.replay or self._holding(plan.config) > 1):
+        if held is not None and (self.replay or self._holding > 1):
             self._held[name] = step, held
         if self.replay:
             return
         if held is not None:
             self.ordered.add(key)
         if reused is None:
+            assert plan.config is not None  # as of every plan with a choice
             facts, lengths = plan.choice[..., CONCENTRATION], (plan.length_q, plan.length_k)
             self._last[name] = _Entry(step, plan.config.key, plan.choice, facts, lengths, step)
             if key in self.history:

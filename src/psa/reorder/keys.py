@@ -16,8 +16,8 @@ DIRECTIONS = 8
 """Coordinates in which keys are compared: the head's main directions of spread inside blocks."""
 
 
-JUDGED, JUDGING_BLOCKS = 4, 32
-"""Group size by whose tightness a head's sorted order is kept or left, and the blocks, evenly spaced, that tell it."""
+JUDGED = 4
+"""Group size by whose tightness a head's sorted order is kept or left."""
 
 
 @torch.library.custom_op("psa::key_order", mutates_args=())
@@ -64,12 +64,8 @@ def _sorted(k: Tensor, weight: Tensor, stays: Tensor | None, order: Tensor, bloc
         local = local.unflatten(2, (-1, size)).gather(-1, rank).flatten(2)
         points = parts.gather(4, rank[:, :, None].expand_as(parts)).flatten(3)
         size //= 2
-    count = blocks.shape[2]
-    judging = torch.arange(min(count, JUDGING_BLOCKS), device=k.device) * count // min(count, JUDGING_BLOCKS)
-    before = blocks[:, :, judging]
-    moved = local.unflatten(2, (-1, block_n))[:, :, judging] - judging[:, None] * block_n
-    after = before.gather(3, moved[..., None].expand_as(before))
-    return torch.where((_tightness(after) > _tightness(before))[..., None], local, order)
+    tighter = _tightness(keys.gather(2, local[..., None].expand_as(keys))) > _tightness(keys)
+    return torch.where(tighter[..., None], local, order)
 
 
 @key_order.register_fake
@@ -78,8 +74,8 @@ def _(q, k, key_mask, block_n):
 
 
 def _tightness(keys: Tensor) -> Tensor:
-    """Energy of the means of groups of JUDGED keys of [B, Hkv, N, block_n, D]: what is not lost within groups."""
-    return group_sums(keys.flatten(2, 3), JUDGED).square().sum((2, 3))
+    """Energy of the means of groups of JUDGED keys, [B, Hkv]: what is not lost within groups."""
+    return group_sums(keys, JUDGED).square().sum((2, 3))
 
 
 def _main_directions(blocks: Tensor, steps: int = 2) -> Tensor:
