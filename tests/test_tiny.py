@@ -4,6 +4,8 @@ import json
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -304,6 +306,12 @@ def test_training_goes_on_from_the_shipped_model(tmp_path):
 @pytest.fixture(scope="module")
 def pipe():
     return demo.load_pipeline()
+
+
+def test_importing_the_library_is_enough_to_find_it():
+    code = "import psa; print((psa.tiny.path() / 'model_index.json').is_file())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "True\n"
 
 
 def test_it_is_small():

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import tiny as tiny
 from .allocate import allocate_levels
 from .backends import backends
 from .caps import similarity_cap

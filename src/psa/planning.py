@@ -134,8 +134,7 @@ def probe(
     if config.bias == "measured":
         estimate = _known(measured_mass(q, k, config, **where)[0])
     else:
-        rows = cache(partial(score_rows, q, k, config, **where))
-        estimate = lambda only: block_scores(rows().of_blocks(only))  # noqa: E731
+        estimate = lambda only: block_scores(score_rows(q, k, config, **where).of_blocks(only))  # noqa: E731
     mask = _block_mask(q, k, config, is_causal, text_length, text_position, key_mask)
     cap = similarity_cap(k, config.block_n, config.sim_thresholds, key_mask) if config.use_sim_mask else None
     return choose(_layer(q, k, v, estimate, mask, cap, config, scale, is_causal, key_mask)).pack()
