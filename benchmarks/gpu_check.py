@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: verify every kernel on it, then time everything, and write rows as they come.
 
-    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry] [--only REGEX] [--out FILE] [--again]
+    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry | --emulate ARCH] [--only REGEX] [--out FILE] [--again]
 
 Each row of benchmarks/results/<gpu>-<date>.jsonl says what ran, on what, and how it went; a case that fails is a row
 too. What does not verify is not timed. A run that was cut short, or ran out of time, is continued by the same command:
@@ -19,7 +19,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-BUDGETS = {"quick": 220.0, "part": 455.0, "dry": 600.0}
+BUDGETS = {"quick": 220.0, "part": 455.0, "dry": 600.0, "emulate": 3600.0}
 """Seconds after which nothing further is started."""
 
 
@@ -70,20 +70,23 @@ def describe(row: dict) -> str:
     return f"       {row['case']:28} {row['what']:24} {'  '.join(parts)}"
 
 
-def machine_facts(dry: bool) -> dict:
+def machine_facts(options: argparse.Namespace) -> dict:
     import torch
     import triton
 
     import psa
 
+    with_gpu = not (options.dry or options.emulate)
+    gpu = "interpreter" if options.dry else f"emulated sm_{options.emulate}"
+    gpu = torch.cuda.get_device_name() if with_gpu else gpu
     facts = {
         "date": date.today().isoformat(),
-        "gpu": "interpreter" if dry else torch.cuda.get_device_name(),
+        "gpu": gpu,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "psa": psa.__version__,
     }
-    if not dry:
+    if with_gpu:
         facts |= {"capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
     return facts
 
@@ -91,23 +94,31 @@ def machine_facts(dry: bool) -> dict:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    if not options.dry and not torch.cuda.is_available():
-        print("no CUDA device; --dry runs tiny shapes under Triton's interpreter", file=sys.stderr)
+    without = options.dry or options.emulate is not None
+    if not without and not torch.cuda.is_available():
+        print("no CUDA device; --emulate 90 checks on an emulated one, --dry on tiny shapes", file=sys.stderr)
         return 2
     import gpu_time
     import gpu_verify
 
-    facts = machine_facts(options.dry)
+    facts = machine_facts(options)
     name = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     default = Path(__file__).parent / "results" / f"{name}-{facts['date']}.jsonl"
-    out = options.out or (None if options.dry else default)
-    mode = "dry" if options.dry else "part" if options.part else "quick"
+    out = options.out or (None if without else default)
+    mode = "dry" if options.dry else "emulate" if options.emulate else "part" if options.part else "quick"
     recorder = Recorder(out, facts, options.seconds or BUDGETS[mode], options.again)
-    device = torch.device("cpu" if options.dry else "cuda")
-    workers = options.workers or (0 if options.dry else max(1, min(8, (os.cpu_count() or 1) // 2)))
-    if options.part != 2:
+    device = torch.device("cpu" if without else "cuda")
+    workers = options.workers or (0 if without else max(1, min(8, (os.cpu_count() or 1) // 2)))
+    if options.emulate:
+        from emulator import emulated
+
+        with emulated(options.emulate):
+            gpu_verify.run(recorder, device, mode, options.only, workers=0)
+    elif options.part != 2:
         gpu_verify.run(recorder, device, mode, options.only, workers)
-    if recorder.failed == 0 or options.force:
+    if options.emulate:
+        print("nothing is timed on an emulated GPU")
+    elif recorder.failed == 0 or options.force:
         gpu_time.run(recorder, device, mode, options.part, options.only, workers)
     else:
         print("not timed: a check failed (--force times all the same)")
@@ -121,6 +132,8 @@ def main() -> int:
     mode.add_argument("--quick", action="store_true", help="at most 4 minutes (the default)")
     mode.add_argument("--part", type=int, choices=(1, 2), help="one half of everything, at most 8 minutes")
     mode.add_argument("--dry", action="store_true", help="tiny shapes under the interpreter, without a GPU")
+    mode.add_argument("--emulate", type=int, choices=(80, 90, 120), metavar="ARCH",
+                      help="all checks, without a GPU, by executing what the compiler makes for sm_ARCH")  # fmt: skip
     parser.add_argument("--only", default="", help="regular expression on the names of checks and cases")
     parser.add_argument("--out", type=Path, help="file to append rows to")
     parser.add_argument("--seconds", type=float, help="start no case after this many")

@@ -143,7 +143,7 @@ def same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple
 def check_whole(length: int, causal: bool, device: torch.device, seed: int) -> tuple[bool, str]:
     """Five launches against the reference on the levels that they chose, and these against levels made step by step."""
     # The interpreter's products of bfloat16 are wrong.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if backend.interpreted() else torch.bfloat16
     q, k, v, _ = make(case(heads=4, length_q=length, length_k=length), seed, dtype, device)
     config = PSAConfig(mask_mode="proportional", density=0.2)
     with poisoned():

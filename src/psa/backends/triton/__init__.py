@@ -65,11 +65,15 @@ def device_reasons() -> list[str]:
     return reasons
 
 
+def _tensor_reasons(q: Tensor) -> list[str]:
+    if q.is_cuda or interpreted():
+        return []
+    return [f"the tensors are on {q.device.type}, its kernels run on CUDA devices only"]
+
+
 def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> list[str]:
     """Why this call cannot be served; empty where it can."""
-    reasons = list(_package_reasons())
-    if not q.is_cuda and not interpreted():
-        reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
+    reasons = [*_package_reasons(), *_tensor_reasons(q)]
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
     if not (q.dtype == k.dtype == v.dtype):
@@ -96,9 +100,7 @@ def _grid_reasons(q: Tensor) -> list[str]:
 
 def planning_reasons(q: Tensor, k: Tensor, config: PSAConfig) -> list[str]:
     """Why the selection kernels cannot plan this call; empty where they can."""
-    reasons = list(_package_reasons())
-    if not q.is_cuda and not interpreted():
-        reasons.append(f"the tensors are on {q.device.type}, its kernels run on CUDA devices only")
+    reasons = [*_package_reasons(), *_tensor_reasons(q)]
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("nothing to select from")
     if config.importance_cols > MAX_LEVEL:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import interpreted
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -112,5 +114,5 @@ def capability(device: torch.device) -> int:
 
 def launch_for(kernel: str, q: Tensor, block_m: int, extras: bool) -> Launch:
     """The launch of a kernel for a call on the device of ``q``; interpreted, always that of half precision."""
-    itemsize = q.element_size() if q.is_cuda else 2
+    itemsize = 2 if interpreted() else q.element_size()
     return default_launch(kernel, q.shape[-1], itemsize, capability(q.device), block_m, extras)
