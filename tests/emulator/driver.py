@@ -53,11 +53,13 @@ class Driver(DriverBase):
         seed: of the order in which blocks and warps take turns.
         edit: changes the PTX before it is read, for tests of the machine itself.
         counts: instructions of warps that were executed, by kernel and name.
+        last: each kernel's program and how often its instructions were executed in its last launch.
     """
 
     def __init__(self, arch: int, timing: str, seed: int):
         self.arch, self.timing, self.seed = arch, TIMINGS.index(timing), seed
         self.counts: dict[str, Counter] = {}
+        self.last: dict[str, tuple[ptx.Program, np.ndarray]] = {}
         self.utils = SimpleNamespace(
             load_binary=self.load, unload_module=lambda module: None,
             get_device_properties=lambda device: {
@@ -101,7 +103,9 @@ class Driver(DriverBase):
         self.waiting = next(path for file, path in metadata_group.items() if file.endswith(".ptx"))
 
     def load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
-        program = ptx.read(self.edit(Path(self.waiting).read_text()))
+        text = self.edit(Path(self.waiting).read_text())
+        program = ptx.read(text)
+        program.text = text
         return None, program, 0, 0, 1024
 
 
@@ -140,7 +144,7 @@ class Launcher:
         parameters += [0] * (len(program.parameters) - len(parameters))
         initial = np.ascontiguousarray(program.initial(parameters, (x, y, z)))
         places = np.array([program.registers[name] for name in ptx.SPECIAL], np.int32)
-        counts = np.zeros(len(ptx.kinds()), np.uint64)
+        counts = np.zeros(len(program.code), np.uint64)
         message = ctypes.create_string_buffer(512)
         grid = np.array((x, y, z), np.int32)
         self.driver.seed += 1
@@ -151,8 +155,11 @@ class Launcher:
         )  # fmt: skip
         if failed:
             raise MachineError(f"{program.name}: {message.value.decode()}")
+        names = list(ptx.kinds())
         found = self.driver.counts.setdefault(program.name, Counter())
-        found.update({name: int(counts[number]) for name, number in ptx.kinds().items() if counts[number]})
+        for row, times in zip(program.code, counts.tolist(), strict=True):
+            found[names[row[0]]] += times
+        self.driver.last[program.name] = program, counts
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -475,7 +475,7 @@ static void run_warp(Machine *m, Warp *warp) {
                 for (int i = 0; i < LANES; i++) on |= (uint32_t)(guard[i] & 1) << i;
                 mask &= at->negated ? ~on : on;
             }
-            m->counts[at->kind]++;
+            m->counts[pc]++;
             if (warp->pending.product_count && in_line(m, warp, at, (uint32_t)pc)) continue;
 #define REG(k) (regs + LANES * (size_t)o[k])
             switch (at->kind) {

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import computed_once
 from .rank import store_ranked_keys
 from .score import RowRules, encode_shares, row_width
 from .tune import padded
@@ -20,7 +21,8 @@ from .tune import padded
 LOG2E = math.log2(math.e)
 MAX_ROWS = 64
 POOL_WARPS = 8
-WIDTH = 32
+WIDTHS = {False: 64, True: 32}
+"""KV blocks that the second walk takes at once; with ``rank_exponent``, whose sorting needs the registers."""
 
 
 @triton.jit
@@ -70,13 +72,18 @@ def _pool_keys_kernel(
 
 
 @triton.jit
-def _real_counts(mask_ptr, stride, keys, length_k, COLS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
-    """Real tokens in each group of COLS keys: int32 [KEYS]."""
+def _count_bias(mask_ptr, stride, keys, length_k, COLS: tl.constexpr, MASKED: tl.constexpr):
+    """log2 of how many real tokens each group of COLS keys has; -inf where there are none."""
     if MASKED:
         tokens = keys[:, None] * COLS + tl.arange(0, COLS)[None, :]
         real = tl.load(mask_ptr + tokens * stride, mask=tokens < length_k, other=0)
-        return tl.sum((real != 0).to(tl.int32), axis=1)
-    return tl.minimum(tl.maximum(length_k - keys * COLS, 0), COLS)
+        count = tl.sum((real != 0).to(tl.int32), axis=1)
+        return computed_once(tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf")))
+    # Two numbers serve every key: as many logarithms as keys take more instructions than the products.
+    whole = tl.log2(tl.full((), COLS, tl.float32))
+    part = tl.log2(tl.maximum(length_k % COLS, 1).to(tl.float32))
+    last = length_k // COLS
+    return tl.where(keys < last, whole, tl.where((keys == last) & (length_k % COLS > 0), part, float("-inf")))
 
 
 @triton.jit
@@ -140,11 +147,8 @@ def _importance_kernel(
             in_range = (keys < pooled_k)[:, None] & (channels < head_dim)[None, :]
             tile_ptr = k_head + tile * (KEYS * k_strides[2])
             pooled = tl.load(tile_ptr + k_offsets, mask=in_range, other=0.0)
-            count = _real_counts(
-                mask_ptr + batch * mask_strides[0] if MASKED else mask_ptr, mask_strides[1], keys, length_k, COLS, KEYS,
-                MASKED,
-            )  # fmt: skip
-            bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+            at_mask = mask_ptr + batch * mask_strides[0] if MASKED else mask_ptr
+            bias = _count_bias(at_mask, mask_strides[1], keys, length_k, COLS, MASKED)
             logits = tl.dot(queries, tl.trans(pooled), input_precision="tf32x3") * scale_log2 + bias[None, :]
             if CAUSAL:
                 key_position = tl.minimum((keys + 1) * COLS, length_k) - 1
@@ -166,13 +170,16 @@ def _importance_kernel(
         m = group * TILE_M + tl.arange(0, TILE_M)
         line = (batch * HEADS + head) * blocks_m + m
         first_real = tl.load(first_real_ptr + batch) if MASKED and CAUSAL and ENCODE else 0
+        # [PER_M, TILE_M, WIDTH]: a block's rows lie in one thread's registers, and their sum takes no other.
+        rows = (tl.arange(0, TILE_M)[None, :] * PER_M + tl.arange(0, PER_M)[:, None])[:, :, None]
+        peak = tl.trans(tl.reshape(peak, (TILE_M, PER_M)))[:, :, None]
+        weight = (tl.trans(tl.reshape(weight, (TILE_M, PER_M))) / tl.maximum(rows_seen, 1.0)[None, :])[:, :, None]
         for start in range(0, blocks_n, WIDTH):
             n = start + tl.arange(0, WIDTH)
-            written = n < stop * TILE_N
-            part = tl.load(sums_ptr + row[:, None] * (tiles * TILE_N) + n[None, :], mask=written[None, :], other=0.0)
-            then = tl.load(peaks_ptr + row[:, None] * tiles + n[None, :] // TILE_N, mask=written[None, :], other=0.0)
-            share = part * tl.exp2(then - peak[:, None]) * weight[:, None]
-            share = tl.sum(tl.reshape(share, (TILE_M, PER_M, WIDTH)), axis=1) / tl.maximum(rows_seen, 1.0)[:, None]
+            written = (n < stop * TILE_N)[None, None, :]
+            part = tl.load(sums_ptr + rows * (tiles * TILE_N) + n[None, None, :], mask=written, other=0.0)
+            then = tl.load(peaks_ptr + rows * tiles + (n // TILE_N)[None, None, :], mask=written, other=0.0)
+            share = tl.sum(part * tl.exp2(then - peak) * weight, axis=0)
             if ENCODE and not RANKED:
                 share = encode_shares(
                     share, (rows_seen > 0)[:, None], m[:, None], n[None, :], first_real, length_q, length_k, blocks_n,
@@ -251,7 +258,7 @@ def importance(
         q.stride(), pooled_k.stride(), key_mask.stride() if masked else (0, 1), length_q, length_k, blocks_m, blocks_n,
         work, rules.text_length, scale * LOG2E, exponent, rank_exponent,
         head_dim, HEADS=heads, GROUPS=heads // pooled_k.shape[1], BLOCK_M=rules.block_m, BLOCK_N=rules.block_n,
-        POOL=rows, COLS=cols, ROWS=tile_rows, KEYS=keys, WIDTH=WIDTH, BLOCK_D=padded(head_dim),
+        POOL=rows, COLS=cols, ROWS=tile_rows, KEYS=keys, WIDTH=WIDTHS[ranked], BLOCK_D=padded(head_dim),
         CAUSAL=rules.is_causal, MASKED=masked, ENCODE=encode is not None, TEXT_FIRST=rules.text_first,
         POWER=power is not None, RANKED=row_width(blocks_n) if ranked else 0,
         CHOOSY=wanted is not None,

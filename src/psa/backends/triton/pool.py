@@ -11,9 +11,15 @@ from ...config import MAX_LEVEL
 from .common import level_offset
 from .tune import padded
 
-POOL_WARPS = 8
+PARTS = 8
+"""Neighbouring tokens that one thread holds."""
 SCAN = 4096
 """Tokens of a key mask that are looked at together."""
+
+
+def pool_warps(tokens: int, cols: int) -> int:
+    """Warps of the pooling kernel: each thread holds PARTS tokens of 8 channels."""
+    return max(1, tokens * cols // (32 * 8 * PARTS))
 
 
 def pool_columns(dim: int) -> int:
@@ -50,6 +56,22 @@ def halve(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def halve_parts(x):
+    """The same of [PARTS, SLOTS, COLS], where row ``slot * PARTS + part`` has its neighbour in the same slot.
+
+    A slot's parts lie in one thread's registers, so these sums take no other thread; a slot of one part is paired with
+    the next slot.
+    """
+    PARTS: tl.constexpr = x.shape[0]
+    SLOTS: tl.constexpr = x.shape[1]
+    COLS: tl.constexpr = x.shape[2]
+    if PARTS > 1:
+        return tl.sum(tl.reshape(x, (PARTS // 2, 2, SLOTS, COLS)), axis=1)
+    else:
+        return tl.reshape(tl.sum(tl.reshape(x, (SLOTS // 2, 2, COLS)), axis=1), (1, SLOTS // 2, COLS))
+
+
+@triton.jit
 def halve_line(x, ROWS: tl.constexpr):
     """Sums of neighbours: [ROWS] -> [ROWS / 2]."""
     return tl.sum(tl.reshape(x, (ROWS // 2, 2)), axis=1)
@@ -64,20 +86,44 @@ def load_tokens(base, token, real, col, strides, D: tl.constexpr):
 
 @triton.jit
 def _pool_side(
-    x_ptr, rows_ptr, token, real, col, strides, chunk, blocks, D: tl.constexpr, COLS: tl.constexpr,
-    block_n: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr,
+    x_ptr, rows_ptr, real, token, col, strides, chunk, blocks, D: tl.constexpr, COLS: tl.constexpr,
+    block_n: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Means of TOKENS tokens of K or V at every level; sums of 2h tokens come from sums of h, in float32."""
-    sums = load_tokens(x_ptr, token, real, col, strides, D)
-    counts = real.to(tl.float32)
+    """Means of a chunk's tokens, K's or V's, at every level; sums of 2h tokens come from sums of h, in float32.
+
+    ``token``, ``real``: [PARTS, SLOTS], which tokens, and whether they exist and are not masked.
+    """
+    offsets = token.to(tl.int64)[:, :, None] * strides[0] + col[None, None, :] * strides[1]
+    there = (col < D)[None, None, :]
+    sums = tl.load(x_ptr + offsets, mask=real[:, :, None] & there, other=0.0).to(tl.float32)
+    counts = real.to(tl.float32)[:, :, None]
     for e in tl.static_range(LEVELS):
         if e > 0:
-            sums = halve(sums, TOKENS >> (e - 1), COLS)
-            counts = halve_line(counts, TOKENS >> (e - 1))
-        row = level_offset(e, blocks, block_n) + chunk * (TOKENS >> e) + tl.arange(0, TOKENS >> e)
-        means = (sums / tl.maximum(counts, 1.0)[:, None]).to(rows_ptr.dtype.element_ty)
-        there = tl.broadcast_to((col < D)[None, :], means.shape)
-        tl.store(rows_ptr + row[:, None] * D + col[None, :], means, mask=there)
+            sums = halve_parts(sums)
+            counts = halve_parts(counts)
+        first = level_offset(e, blocks, block_n) + chunk * (PARTS * SLOTS >> e)
+        _store_means(sums, counts, rows_ptr, first, col, D)
+
+
+@triton.jit
+def _store_means(sums, counts, rows_ptr, first, col, D: tl.constexpr):
+    """Writes the rows from ``first`` on, as :func:`halve_parts` orders them."""
+    PARTS: tl.constexpr = sums.shape[0]
+    SLOTS: tl.constexpr = sums.shape[1]
+    row = first + tl.arange(0, SLOTS)[None, :] * PARTS + tl.arange(0, PARTS)[:, None]
+    # One reciprocal per row: a division per element takes more instructions than everything else.
+    means = (sums * (1.0 / tl.maximum(counts, 1.0))).to(rows_ptr.dtype.element_ty)
+    there = tl.broadcast_to((col < D)[None, None, :], means.shape)
+    tl.store(rows_ptr + row[:, :, None] * D + col[None, None, :], means, mask=there)
+
+
+@triton.jit
+def _are_real(mask_ptr, stride, token, length, HAS_MASK: tl.constexpr):
+    """Whether tokens exist and are not masked."""
+    real = token < length
+    if HAS_MASK:
+        real = real & (tl.load(mask_ptr + token * stride, mask=real, other=0) != 0)
+    return real
 
 
 @triton.jit
@@ -161,7 +207,7 @@ def _pool_kernel(
     k_strides, v_strides, mask_strides, thresholds, heads, length, blocks, rows,
     D: tl.constexpr, D_PAD: tl.constexpr, COLS: tl.constexpr, block_n: tl.constexpr, TOKENS: tl.constexpr,
     LEVELS: tl.constexpr, HAS_MASK: tl.constexpr, SIMILARITY: tl.constexpr, FIRST_REAL: tl.constexpr,
-    SCAN: tl.constexpr,
+    SCAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program per TOKENS tokens and COLS channels of one KV head: K, then V; the first channels' also the rest.
 
@@ -174,16 +220,18 @@ def _pool_kernel(
     v_ptr += wide_batch * v_strides[0] + wide_head * v_strides[1]
     token_strides = (k_strides[2], k_strides[3])
     base = tl.program_id(1).to(tl.int64) * rows * D
-    token = chunk * TOKENS + tl.arange(0, TOKENS)
     col = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    real = token < length
+    SLOTS: tl.constexpr = TOKENS // PARTS
+    token = chunk * TOKENS + tl.arange(0, SLOTS)[None, :] * PARTS + tl.arange(0, PARTS)[:, None]
     if HAS_MASK:
         mask_ptr += wide_batch * mask_strides[0]
-        real = real & (tl.load(mask_ptr + token * mask_strides[1], mask=real, other=0) != 0)
-    _pool_side(k_ptr, keys_ptr + base, token, real, col, token_strides, chunk, blocks, D, COLS, block_n, TOKENS, LEVELS)
+    real = _are_real(mask_ptr, mask_strides[1], token, length, HAS_MASK)
     _pool_side(
-        v_ptr, values_ptr + base, token, real, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
-        TOKENS, LEVELS,
+        k_ptr, keys_ptr + base, real, token, col, token_strides, chunk, blocks, D, COLS, block_n, PARTS, SLOTS, LEVELS,
+    )  # fmt: skip
+    _pool_side(
+        v_ptr, values_ptr + base, real, token, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
+        PARTS, SLOTS, LEVELS,
     )  # fmt: skip
     if tl.program_id(2) != 0:
         return
@@ -193,7 +241,8 @@ def _pool_kernel(
     else:
         owns_counts = tl.program_id(1) == 0
     if owns_counts:
-        counts = real.to(tl.float32)
+        in_line = chunk * TOKENS + tl.arange(0, TOKENS)
+        counts = _are_real(mask_ptr, mask_strides[1], in_line, length, HAS_MASK).to(tl.float32)
         for e in tl.static_range(LEVELS):
             if e > 0:
                 counts = halve_line(counts, TOKENS >> (e - 1))
@@ -246,6 +295,6 @@ def build_pyramid(
         tuple((thresholds or {}).get(level, float("inf")) for level in (2, 4, 8)), heads, length, blocks, rows,
         D=dim, D_PAD=padded(dim), COLS=cols, block_n=block_n, TOKENS=tokens, LEVELS=levels,
         HAS_MASK=key_mask is not None, SIMILARITY=caps is not None, FIRST_REAL=first is not None, SCAN=SCAN,
-        num_warps=POOL_WARPS,
+        PARTS=PARTS, num_warps=pool_warps(tokens, cols),
     )  # fmt: skip
     return Pyramid(length, keys, values, counts, counts[:, None], caps, first)

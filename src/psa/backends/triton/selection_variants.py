@@ -6,7 +6,7 @@ from typing import Any
 
 from .bias import bias_constants
 from .budget import CHUNK, COUNT_CHUNK, NO_BIAS, NO_BIAS_CONSTANTS, SAMPLE, _solve_kernel, solve_options
-from .importance import POOL_WARPS, WIDTH, _importance_kernel, _pool_keys_kernel, tiling
+from .importance import POOL_WARPS, WIDTHS, _importance_kernel, _pool_keys_kernel, tiling
 from .schedule import CHUNK as LIST_CHUNK
 from .schedule import LISTS, _schedule_kernel
 from .score import level_exponent
@@ -109,13 +109,13 @@ def _logits(setting: Setting, arch: int, rules: dict[str, Any]) -> Iterator[Vari
     rows, keys, *_ = tiling(*sizes, extras=False)
     constants = rules | {
         "head_dim": setting.dim, "HEADS": 12, "GROUPS": setting.group, "POOL": 16, "COLS": 8, "ROWS": rows,
-        "KEYS": keys, "WIDTH": WIDTH, "BLOCK_D": padded(setting.dim), "POWER": False, "RANKED": 0, "ENCODE": True,
-        "CHOOSY": False,
+        "KEYS": keys, "WIDTH": WIDTHS[False], "BLOCK_D": padded(setting.dim), "POWER": False, "RANKED": 0,
+        "ENCODE": True, "CHOOSY": False,
     }  # fmt: skip
     instruction = instruction_of(arch) if setting.dtype != "fp32" else "HMMA|HGMMA|UTC\\w*MMA"
     choices = {"": {"ENCODE": False}, "-keys": {}}
     if setting.extras:
-        choices |= {"-power": {"POWER": True}, "-ranked": {"RANKED": setting.width}}
+        choices |= {"-power": {"POWER": True}, "-ranked": {"RANKED": setting.width, "WIDTH": WIDTHS[True]}}
     for suffix, changes in choices.items():
         name = f"_importance_kernel{suffix}"
         _, _, warps, stages = tiling(*sizes, extras=suffix in ("-power", "-ranked"))

@@ -7,7 +7,7 @@ from typing import Any
 from .attend import _psa_fwd_kernel
 from .bias import BIAS_OPTIONS, _bias_kernel, bias_constants
 from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
-from .pool import POOL_WARPS, SCAN, _pool_kernel, pool_columns
+from .pool import PARTS, SCAN, _pool_kernel, pool_columns, pool_warps
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
 from .tune import default_launch, has_extras, padded
@@ -181,10 +181,10 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "SIMILARITY": shape.block_n == 128, "SCAN": SCAN,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "SIMILARITY": shape.block_n == 128, "SCAN": SCAN, "PARTS": PARTS,
         "FIRST_REAL": shape.masked and shape.causal,
     }  # fmt: skip
-    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": POOL_WARPS}, "", **plain)
+    yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": pool_warps(tokens, pool["COLS"])}, "", **plain)
     if shape.row_bias:
         bias = bias_constants(shape.dim, shape.block_n, shape.group, sums=False)
         yield _variant(_bias_kernel, shape, arch, bias, BIAS_OPTIONS, "", **plain)
