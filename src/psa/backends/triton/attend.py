@@ -88,7 +88,7 @@ def _psa_fwd_kernel(
         weights, shrink, running_max, running_sum = online_softmax_update(scores, running_max, running_sum)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
 
-    out = acc / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+    out = acc * (1.0 / tl.where(running_sum > 0, running_sum, 1.0))[:, None]
     lse = tl.where(running_sum > 0, (running_max + tl.log2(tl.maximum(running_sum, 1e-30))) * LN_2, -float("inf"))
     out_tile = head_tile(out_ptr, out_strides, wide_batch, wide_head, first_row, BLOCK_M, D_PAD)
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=exists)

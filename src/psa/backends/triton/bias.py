@@ -53,9 +53,9 @@ def _spreads(
             sums = halve(sums, TOKENS >> (e - 1), COLS)
             counts = halve_line(counts, TOKENS >> (e - 1))
             squares = halve_line(squares, TOKENS >> (e - 1))
-            some = tl.maximum(counts, 1.0)
-            means = sums / some[:, None]
-            spread = squares / some - tl.sum(means * means * power[None, :], 1)
+            share_of_one = 1.0 / tl.maximum(counts, 1.0)
+            means = sums * share_of_one[:, None]
+            spread = squares * share_of_one - tl.sum(means * means * power[None, :], 1)
             added = added + (spreads[e] + spread,)  # noqa: RUF005
         spreads = added
     return spreads

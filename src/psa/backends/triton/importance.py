@@ -66,7 +66,7 @@ def _pool_keys_kernel(
         inside = real[:, None] & (channels < head_dim)[None, :]
         total += tl.load(k_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         count += real.to(tl.float32)
-    mean = (total / tl.maximum(count, 1.0)[:, None]).to(pooled_ptr.dtype.element_ty)
+    mean = (total * (1.0 / tl.maximum(count, 1.0))[:, None]).to(pooled_ptr.dtype.element_ty)
     at = (line * pooled_rows + rows)[:, None] * head_dim + channels[None, :]
     tl.store(pooled_ptr + at, mean, mask=(rows < pooled_rows)[:, None] & (channels < head_dim)[None, :])
 
@@ -129,7 +129,7 @@ def _importance_kernel(
             tl.store(power_ptr + at + channels, tl.sum(squares, axis=0), mask=channels < head_dim)
         queries = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, False)
         averaged = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
-        queries = (queries / averaged.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
+        queries = (queries * (1.0 / averaged.to(tl.float32))[:, None]).to(k_ptr.dtype.element_ty)
         last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
         real_row = first_row + row * POOL < length_q
         stop = tiles
