@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: verify every kernel on it, then time everything, and write rows as they come.
 
-    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --dry | --emulate ARCH] [--only REGEX] [--out FILE] [--again]
+    benchmarks/gpu_check.sh [--quick | --part 1 | --part 2 | --emulate ARCH | --dry] [--only REGEX] [--out FILE] ...
 
 Each row of benchmarks/results/<gpu>-<date>.jsonl says what ran, on what, and how it went; a case that fails is a row
 too. What does not verify is not timed. A run that was cut short, or ran out of time, is continued by the same command:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from render_gpu import aot_table, gpu_picture, gpu_table
+from render_gpu import aot_table, emulated_table, executed_table, gpu_picture, gpu_table
 from render_tiny import likeness_picture, likeness_table, match_table, tiny_picture, training_table
 
 from psa.pictures import pyplot
@@ -286,6 +286,8 @@ def tables() -> dict[str, str]:
         "tiny-training": training_table(TRAINING),
         "gpu": gpu_table(gpu_rows(), pictures=True),
         "aot": aot_table(load("aot")),
+        "emulated": emulated_table(gpu_rows()),
+        "executed": executed_table(load("executed")),
     }
 
 

@@ -1,5 +1,6 @@
-"""Tables and a picture from what `gpu_check.sh` and `aot.py` wrote; :mod:`render` puts them into pages."""
+"""Tables and a picture from what `gpu_check.sh`, `aot.py` and `executed.py` wrote; :mod:`render` fills pages."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -33,6 +34,41 @@ def aot_table(rows: list[Row]) -> str:
     return "\n".join(
         [*lines, "", f"{len(rows)} compilations, {sum(r['spills'] for r in rows)} spills, {faults} faults."]
     )
+
+
+def executed_table(rows: list[Row]) -> str:
+    """Instructions per token and head that each kernel executes, by architecture and length; later rows win."""
+    found = {(row["pass"], row["kernel"], row["arch"], row["length"]): row["instructions"] for row in rows}
+    columns = sorted({(arch, length) for _, _, arch, length in found})
+    lines = [
+        "| pass, kernel | " + " | ".join(f"sm_{arch}, {length}" for arch, length in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for which, kernel in dict.fromkeys((which, kernel) for which, kernel, _, _ in found):
+        counts = [found.get((which, kernel, *column)) for column in columns]
+        cells = ["–" if number is None else f"{number:.0f}" for number in counts]
+        lines.append(f"| {which}, `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def emulated_table(rows: list[Row]) -> str:
+    """Checks on emulated GPUs by kind: how many passed, and the largest error of those that passed."""
+    latest = {(row["gpu"], row["name"]): row for row in rows if row["kind"] == "check" and "emulated" in row["gpu"]}
+    gpus = sorted({gpu for gpu, _ in latest}, key=lambda gpu: int(gpu.split("_")[1]))
+    lines = ["| checks | " + " | ".join(gpu.split()[1] for gpu in gpus) + " |", "|---" * (len(gpus) + 1) + "|"]
+    for kind in dict.fromkeys(name.split(",")[0] for _, name in latest):
+        cells = []
+        for gpu in gpus:
+            group = [row for (at, name), row in latest.items() if at == gpu and name.split(",")[0] == kind]
+            passed = [row for row in group if row["ok"]]
+            errors = [
+                float(e)
+                for row in passed
+                for e in re.findall(r"(?:out|d[qkv]|importance) ([\d.]+e[-+]\d+)", row["said"])
+            ]
+            cells.append(f"{len(passed)} of {len(group)}, {max(errors):.1e}")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def timed(rows: list[Row]) -> dict[tuple, Row]:

@@ -1,4 +1,4 @@
-"""A GPU without a GPU: Triton compiles kernels for it as it would on the real one, and a small machine executes their PTX.
+"""A GPU without a GPU: Triton compiles kernels for it as for the real one, and a small machine executes their PTX.
 
 Triton's interpreter runs what the kernels say; this runs what the compiler made of it, with tensor-core instructions,
 asynchronous copies, shared memory, barriers and bfloat16. ``ptx`` reads the text, ``machine.c`` executes it, ``driver``

@@ -103,9 +103,7 @@ class Driver(DriverBase):
         self.waiting = next(path for file, path in metadata_group.items() if file.endswith(".ptx"))
 
     def load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
-        text = self.edit(Path(self.waiting).read_text())
-        program = ptx.read(text)
-        program.text = text
+        program = ptx.read(self.edit(Path(self.waiting).read_text()))
         return None, program, 0, 0, 1024
 
 

@@ -1,7 +1,6 @@
 """From a kernel's PTX to what the machine executes: every operand a register, constants among them."""
 
 import re
-import struct
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,13 +36,20 @@ def _listed() -> list[tuple[str, str]]:
 
 @dataclass
 class Program:
-    """``code``: int32 [instructions, 7]: kind, guard, whether negated, first operand, their number, how many are results, line.
+    """One kernel.
 
-    ``values``: what a register holds when a warp begins, for constants; parameters and sizes are added by a launch.
-    ``parameters``: register and bytes of each parameter by its place.
+    Attributes:
+        text: its PTX.
+        parameters: the type of each, by its place.
+        registers: the number of each register, by its name; constants and parameters are registers too.
+        values: what constants hold.
+        code: int32 [instructions, 7]: kind, guard or -1, whether that is negated, first operand, how many operands, how
+            many of them are results, line of the text.
+        operands: int32, numbers of registers.
     """
 
     name: str
+    text: str
     parameters: list[str] = field(default_factory=list)
     registers: dict[str, int] = field(default_factory=dict)
     values: dict[int, int] = field(default_factory=dict)
@@ -84,10 +90,6 @@ def number(text: str) -> int | None:
     return None
 
 
-def float_bits(value: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0]
-
-
 def results(kind: int, used: list[int]) -> int:
     """How many of an instruction's operands it writes; they come first."""
     name = list(kinds())[kind]
@@ -106,7 +108,7 @@ class Reader:
         found = re.search(r"\.entry (\w+)\((.*?)\)", text, re.S)
         if found is None:
             raise ValueError("no entry function")
-        self.program = Program(found[1], re.findall(r"\.param \.(\w+)", found[2]))
+        self.program = Program(found[1], text, re.findall(r"\.param \.(\w+)", found[2]))
         for place in range(len(self.program.parameters)):
             self.program.register(f"param{place}")
         for name in (*SPECIAL, "%nctaid.x", "%nctaid.y", "%nctaid.z"):
@@ -212,7 +214,7 @@ class Reader:
             result, left, right, add, *rest = parts
             held, flips = left.startswith("{"), rest[2:]
             flips = ["0", *flips] if held else flips
-            flips = (flips + ["0", "0"])[:2]
+            flips = [*flips, "0", "0"][:2]
             kind = KINDS_OF_PRODUCT[found[2]]
             return "wgmma_mma", [found[1], str(kind), str(int(held)), right, add, *rest[:2], *flips, left, result]
         if opcode in ("bra.uni", "bra", "ret"):
@@ -220,7 +222,7 @@ class Reader:
         if opcode == "bar.sync":
             return "bar_sync", parts
         name = re.sub(r"\.(ftz|full)\b", "", opcode)
-        name = name.replace("div.approx", "div").replace("fma.rn", "fma").replace("add.rn", "add")
+        name = re.sub(r"^(add|sub|fma|div)\.(rn|approx)", r"\1", name)
         if name in ("max.f32", "min.f32") and len(parts) == 4:
             name = name.replace(".", "3.")
         return name.replace(".", "_"), parts

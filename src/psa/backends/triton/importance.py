@@ -129,7 +129,7 @@ def _importance_kernel(
             tl.store(power_ptr + at + channels, tl.sum(squares, axis=0), mask=channels < head_dim)
         queries = _sum_queries(tile_q, q_strides[2], q_strides[3], left, head_dim, ROWS, POOL, BLOCK_D, False)
         averaged = tl.minimum(tl.maximum(left - row * POOL, 1), POOL)
-        queries = (queries * (1.0 / averaged.to(tl.float32))[:, None]).to(k_ptr.dtype.element_ty)
+        queries = (queries / averaged.to(tl.float32)[:, None]).to(k_ptr.dtype.element_ty)
         last_token = tl.minimum(first_row + (row + 1).to(tl.int64) * POOL, length_q) - 1 + length_k - length_q
         real_row = first_row + row * POOL < length_q
         stop = tiles

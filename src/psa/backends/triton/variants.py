@@ -181,8 +181,8 @@ def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
     plain = {"copies": False}
     tokens, wide = min(shape.block_n, 128), padded(shape.dim)
     pool = _only(_pool_kernel, shape.constants()) | {
-        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "SIMILARITY": shape.block_n == 128, "SCAN": SCAN, "PARTS": PARTS,
-        "FIRST_REAL": shape.masked and shape.causal,
+        "COLS": pool_columns(shape.dim), "TOKENS": tokens, "SIMILARITY": shape.block_n == 128, "SCAN": SCAN,
+        "FIRST_REAL": shape.masked and shape.causal, "PARTS": PARTS,
     }  # fmt: skip
     yield _variant(_pool_kernel, shape, arch, pool, {"num_warps": pool_warps(tokens, pool["COLS"])}, "", **plain)
     if shape.row_bias:
