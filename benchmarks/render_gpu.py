@@ -8,7 +8,8 @@ from psa.pictures import pyplot
 
 Row = dict
 KERNELS = (
-    "_psa_fwd_kernel/wan", "_psa_fwd_kernel/every-option", "_psa_fwd_kernel/cogvideo", "_psa_fwd_kernel/qwen",
+    "_psa_fwd_kernel/wan", "_psa_fwd_kernel/wan-long", "_psa_fwd_kernel/every-option", "_psa_fwd_kernel/cogvideo",
+    "_psa_fwd_kernel/qwen",
     "_psa_bwd_dq_kernel/wan", "_psa_bwd_dkv_kernel-pooled/wan", "_psa_bwd_dkv_kernel-tokens/wan", "_pool_kernel/wan",
     "_importance_kernel-keys/wan", "_importance_kernel-ranked/qwen", "_solve_kernel/wan", "_solve_kernel-variance/qwen",
     "_bias_kernel/every-option", "_select_kernel-proportional/wan", "_schedule_kernel/wan",
@@ -25,7 +26,10 @@ def aot_table(rows: list[Row]) -> str:
     for kernel in KERNELS:
         cells = []
         for arch in archs:
-            row = found[f"{kernel}/sm_{arch}"]
+            row = found.get(f"{kernel}/sm_{arch}")
+            if row is None:
+                cells.append("–")
+                continue
             cores = [NAMES.get(name, "tcgen05") for name in row["tensor_core"]]
             parts = [f"{row['registers']} r", f"{row['shared_bytes'] / 1024:.0f} K", f"{row['blocks_per_sm']}×", *cores]
             cells.append(", ".join(parts))

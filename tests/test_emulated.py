@@ -17,7 +17,7 @@ from emulator import MachineError, emulated
 
 import psa
 from psa.backends import triton as backend
-from psa.backends.triton import whole
+from psa.backends.triton import tune, whole
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_kernels import CASES, EVERYTHING, MODES, check_attention, check_selection, check_whole, distance
@@ -120,6 +120,15 @@ FEW = {
 def test_attention_and_its_gradients(arch, name):
     with emulated(arch):
         ok, said = check_attention(*FEW[name], CPU, seed=0)
+    assert ok, said
+
+
+@pytest.mark.parametrize("name", ["plain", "half precision, blocks of 128", "masked"])
+def test_the_tiles_of_long_sequences(name, monkeypatch):
+    monkeypatch.setattr(tune, "LONG", 1)
+    calls = FEW | {"masked": (Case(masked=True, variance=True, head_dim=96, **SMALL), torch.bfloat16)}
+    with emulated(90):
+        ok, said = check_attention(*calls[name], CPU, seed=0)
     assert ok, said
 
 

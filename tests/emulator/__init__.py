@@ -13,6 +13,7 @@ from unittest import mock
 
 import triton
 from triton import knobs
+from triton.compiler.compiler import max_shared_mem
 
 from psa.backends import triton as backend
 from psa.backends.triton import tune
@@ -39,13 +40,14 @@ def emulated(arch: int, timing: str = "mixed", seed: int = 0) -> Iterator[Driver
             (backend, "_tensor_reasons", lambda q: []),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        _forget_kernels()
-        stack.callback(_forget_kernels)
+        _forget()
+        stack.callback(_forget)
         yield driver
 
 
-def _forget_kernels() -> None:
-    """What is loaded belongs to the driver that loaded it."""
+def _forget() -> None:
+    """What is loaded, and what is known of the device, belongs to one driver."""
+    max_shared_mem.cache_clear()
     for path in Path(str(backend.__file__)).parent.glob("*.py"):
         module = backend if path.stem == "__init__" else import_module(f"{backend.__name__}.{path.stem}")
         for value in vars(module).values():

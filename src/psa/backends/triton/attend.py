@@ -109,9 +109,11 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
 
     def run(launch: Launch) -> None:
+        constants = call.constants()
+        constants["ROW_BIAS"] |= launch.reads_bias
         _psa_fwd_kernel[(triton.cdiv(length_q, launch.BLOCK_M), batch * heads)](
             q, *call.tensors(), out, lse, q.stride(), out.stride(), *call.strides(), *call.sizes(),
-            **call.constants(), **launch.options(),
+            **constants, **launch.options(),
         )  # fmt: skip
 
     call.run("forward", run)

@@ -12,7 +12,7 @@ from .autotune import Run, tuned
 from .bias import bias_from_power
 from .pool import Pyramid, build_pyramid
 from .schedule import build_schedule
-from .tune import has_extras, launch_for, padded
+from .tune import launch_for, padded
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Call:
     def run(self, kernel: str, run: Run) -> None:
         """Runs a kernel with the launch that suits this call."""
         constants = self.constants()
-        default = launch_for(kernel, self.q, self.selection.block_m, has_extras(kernel, constants))
+        default = launch_for(kernel, self.q, self.length_k, self.selection.block_m, constants)
         run(tuned(kernel, self.q, constants, default, run))
 
 

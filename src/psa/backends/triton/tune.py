@@ -28,6 +28,11 @@ class Launch:
     def options(self) -> dict[str, int]:
         return asdict(self)
 
+    @property
+    def reads_bias(self) -> bool:
+        """Whether a row's bias is read even where it is its level alone: long tiles have no registers to make it in."""
+        return self.BLOCK_N > 64
+
 
 def padded(dim: int) -> int:
     """Head dimension as tiles have it: the next power of two, at least 16."""
@@ -72,6 +77,13 @@ EXTRAS = {
     ("grad_rows", "mma", 128): Launch(16, 64, 64, 8, 2),
 }
 """Instead of the above where options take the registers that it leaves free (see :func:`has_extras`)."""
+LONG = 16384
+"""Keys from which these serve, where no causal mask or pair bias takes the registers: a longer tile takes fewer
+instructions per row, but leaves more of each level's last one empty."""
+LONG_TILES = {
+    ("forward", "hopper", 64): Launch(128, 128, 128, 8, 3),
+    ("forward", "hopper", 128): Launch(128, 128, 128, 8, 3),
+}
 
 
 def family(capability: int) -> str:
@@ -87,12 +99,14 @@ def has_extras(kernel: str, constants: dict[str, Any]) -> bool:
 
 
 @lru_cache
-def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_m: int, extras: bool) -> Launch:
+def default_launch(
+    kernel: str, dim: int, itemsize: int, capability: int, block_m: int, extras: bool, long: bool = False
+) -> Launch:
     """The table, from registers, shared memory and spills of the compiled kernels.
 
     Args:
         kernel: "forward", "grad_queries" or "grad_rows".
-        dim: head dimension. extras: what :func:`has_extras` says.
+        dim: head dimension. extras: what :func:`has_extras` says. long: whether LONG_TILES may serve.
     """
     wide, kind = max(64, padded(dim)), family(capability)
     if itemsize == 4:
@@ -100,6 +114,7 @@ def default_launch(kernel: str, dim: int, itemsize: int, capability: int, block_
     else:
         launch = TABLES[kernel][kind][wide]
         launch = EXTRAS.get((kernel, kind, wide), launch) if extras else launch
+        launch = LONG_TILES.get((kernel, kind, wide), launch) if long else launch
     return replace(launch, BLOCK_M=min(launch.BLOCK_M, block_m & -block_m))
 
 
@@ -112,7 +127,12 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch_for(kernel: str, q: Tensor, block_m: int, extras: bool) -> Launch:
-    """The launch of a kernel for a call on the device of ``q``; interpreted, always that of half precision."""
+def launch_for(kernel: str, q: Tensor, length_k: int, block_m: int, constants: dict[str, Any]) -> Launch:
+    """The launch of a kernel for a call on the device of ``q``; interpreted, always that of half precision.
+
+    constants: constexpr arguments of the kernels (:meth:`.call.Call.constants`).
+    """
     itemsize = 2 if interpreted() else q.element_size()
-    return default_launch(kernel, q.shape[-1], itemsize, capability(q.device), block_m, extras)
+    long = length_k >= LONG and not (constants["CAUSAL"] or constants["PAIR_BIAS"])
+    extras = has_extras(kernel, constants)
+    return default_launch(kernel, q.shape[-1], itemsize, capability(q.device), block_m, extras, long)

@@ -1,7 +1,7 @@
 """What we ship, as ahead-of-time compilation takes it: kernels, signatures, constants and options per architecture."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .attend import _psa_fwd_kernel
@@ -10,7 +10,7 @@ from .gradients import ROW_CONSTANTS, _psa_bwd_delta_kernel, _psa_bwd_dq_kernel
 from .pool import PARTS, SCAN, _pool_kernel, pool_columns, pool_warps
 from .rows import _psa_bwd_dkv_kernel
 from .transposed import CHUNK, _readers_kernel
-from .tune import default_launch, has_extras, padded
+from .tune import LONG_TILES, Launch, default_launch, family, has_extras, padded
 
 ARCHITECTURES = (80, 90, 100, 120)
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
@@ -60,6 +60,7 @@ class Shape:
     masked: bool = False
     row_bias: bool = False
     pair_bias: bool = False
+    long: bool = False
     label: str = field(default="", compare=False)
 
     def constants(self) -> dict[str, Any]:
@@ -89,6 +90,14 @@ SHAPES = (
     Shape(dim=64, dtype="fp32", label="single"),
     Shape(dtype="fp32", label="single-128"),
 )
+
+
+LONG_SHAPES = tuple(
+    replace(shape, long=True, label=f"{shape.label}-long")
+    for shape in SHAPES
+    if shape.dim in (64, 128) and shape.dtype != "fp32" and not (shape.causal or shape.pair_bias)
+)
+"""Where attention has launches of its own for long sequences."""
 
 
 def describe(
@@ -149,10 +158,10 @@ def instruction_of(arch: int, narrow: bool = False) -> str:
     return {9: "HGMMA", 10: r"UTC\w*MMA"}.get(arch // 10, "HMMA")
 
 
-def _launch(table: str, shape: Shape, arch: int) -> dict[str, int]:
+def _launch(table: str, shape: Shape, arch: int) -> Launch:
     itemsize = 4 if shape.dtype == "fp32" else 2
     extras = has_extras(table, shape.constants())
-    return default_launch(table, shape.dim, itemsize, arch, shape.block_m, extras).options()
+    return default_launch(table, shape.dim, itemsize, arch, shape.block_m, extras, shape.long)
 
 
 def _only(kernel: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -163,17 +172,26 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
     """Every kernel of attention and its gradients for every shape and architecture."""
     for arch in archs:
         for shape in shapes:
-            for kernel, table in ((_psa_fwd_kernel, "forward"), (_psa_bwd_dq_kernel, "grad_queries")):
-                launch = _launch(table, shape, arch)
-                values = _only(kernel, shape.constants() | launch)
-                yield _variant(kernel, shape, arch, values, launch, instruction_of(arch, launch["BLOCK_M"] < 64))
-            launch = _launch("grad_rows", shape, arch)
+            yield _attention(_psa_fwd_kernel, "forward", shape, arch)
+            yield _attention(_psa_bwd_dq_kernel, "grad_queries", shape, arch)
+            launch = _launch("grad_rows", shape, arch).options()
             narrow = launch["BLOCK_N"] < 64
             constants = {name: shape.constants()[name] for name in ROW_CONSTANTS}
             for pooled in (True, False):
                 values = _only(_psa_bwd_dkv_kernel, constants | launch) | {"POOLED": pooled}
                 yield _variant(_psa_bwd_dkv_kernel, shape, arch, values, launch, instruction_of(arch, narrow))
             yield from _helpers(shape, arch)
+        for shape in LONG_SHAPES:
+            if ("forward", family(arch), shape.dim) in LONG_TILES:
+                yield _attention(_psa_fwd_kernel, "forward", shape, arch)
+
+
+def _attention(kernel: Any, table: str, shape: Shape, arch: int) -> Variant:
+    launch = _launch(table, shape, arch)
+    values = _only(kernel, shape.constants() | launch.options())
+    if table == "forward":
+        values["ROW_BIAS"] |= launch.reads_bias
+    return _variant(kernel, shape, arch, values, launch.options(), instruction_of(arch, launch.BLOCK_M < 64))
 
 
 def _helpers(shape: Shape, arch: int) -> Iterator[Variant]:
