@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv-dev
 RUN := $(VENV)/bin
 TORCH := torch==2.13.0
+# What compiles the kernels decides their registers and instructions, which tests look at.
+TRITON := triton==3.9.0; sys_platform == 'linux'
 # A CPU build that lies at hand (the folder that pip's own variable names), else PyTorch's CPU index.
 LOCAL := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*.whl))
 SOURCE := $(if $(LOCAL),,--torch-backend=cpu)
@@ -33,7 +35,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install -q uv
 	@test -x $(RUN)/python || $(UV) venv -q $(VENV) --python ">=3.11"
-	$(UV) pip install -q --python $(RUN)/python $(SOURCE) -e ".[dev]" "$(TORCH)"
+	$(UV) pip install -q --python $(RUN)/python $(SOURCE) -e ".[dev]" "$(TORCH)" "$(TRITON)"
 	@touch $@
 
 demo: setup

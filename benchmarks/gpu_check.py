@@ -77,8 +77,8 @@ def machine_facts(options: argparse.Namespace) -> dict:
     import psa
 
     with_gpu = not (options.dry or options.emulate)
-    gpu = "interpreter" if options.dry else f"emulated sm_{options.emulate}"
-    gpu = torch.cuda.get_device_name() if with_gpu else gpu
+    without = f"emulated sm_{options.emulate}" if options.emulate else "interpreter"
+    gpu = torch.cuda.get_device_name() if with_gpu else without
     facts = {
         "date": date.today().isoformat(),
         "gpu": gpu,
@@ -132,8 +132,8 @@ def main() -> int:
     mode.add_argument("--quick", action="store_true", help="at most 4 minutes (the default)")
     mode.add_argument("--part", type=int, choices=(1, 2), help="one half of everything, at most 8 minutes")
     mode.add_argument("--dry", action="store_true", help="tiny shapes under the interpreter, without a GPU")
-    mode.add_argument("--emulate", type=int, choices=(80, 90, 120), metavar="ARCH",
-                      help="all checks, without a GPU, by executing what the compiler makes for sm_ARCH")  # fmt: skip
+    executed = "the checks of kernels, without a GPU: what the compiler makes for sm_ARCH is executed"
+    mode.add_argument("--emulate", type=int, choices=(80, 90, 120), metavar="ARCH", help=executed)
     parser.add_argument("--only", default="", help="regular expression on the names of checks and cases")
     parser.add_argument("--out", type=Path, help="file to append rows to")
     parser.add_argument("--seconds", type=float, help="start no case after this many")

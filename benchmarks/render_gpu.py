@@ -70,7 +70,7 @@ def emulated_table(rows: list[Row]) -> str:
                 for row in passed
                 for e in re.findall(r"(?:out|d[qkv]|importance) ([\d.]+e[-+]\d+)", row["said"])
             ]
-            cells.append(f"{len(passed)} of {len(group)}, {max(errors):.1e}")
+            cells.append(f"{len(passed)} of {len(group)}, {max(errors, default=0.0):.1e}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+pytest.importorskip("emulator", exc_type=ImportError)
+
 import triton
 import triton.language as tl
 from cases import Case, make
@@ -25,6 +29,8 @@ from gpu_verify import PUBLIC, check_public
 
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 120)
+NO_RESERVE = 0x4000
+"""MAP_NORESERVE, which Python has no name for: pages that nothing touches cost nothing."""
 PRODUCTS = {torch.bfloat16: "mma_bf16", torch.float16: "mma_f16", torch.float32: "mma_tf32"}
 
 
@@ -100,11 +106,25 @@ def test_bad_addresses_are_named():
             _matmul_kernel[(1,)](*inputs, 64, 256, SIZE=64, STEP=32)
 
 
-def test_what_it_does_not_know_it_says():
-    with emulated(80) as driver, pytest.raises(NotImplementedError, match=r"line \d+: tanh\.approx\.f32"):
-        multiply(driver, edit=lambda text: text.replace("\tret;", "\ttanh.approx.f32 %r1, %r2;\n\tret;"))
+UNKNOWN = (
+    "tanh.approx.f32 %r1, %r2", "mov.u32 %r1, %laneid", "mov.b64 %rd1, {%rs1, %rs2, %rs3, %rs4}", "bar.sync 1, 64",
+    "add.s32 %r1, %r2, %r3, %r4",
+)  # fmt: skip
 
 
+@pytest.mark.parametrize("instruction", UNKNOWN)
+def test_what_it_does_not_know_it_says(instruction):
+    with emulated(80) as driver, pytest.raises(NotImplementedError, match=r"line \d+: " + re.escape(instruction)):
+        multiply(driver, edit=lambda text: text.replace("\tret;", f"\t{instruction};\n\tret;"))
+
+
+def test_what_never_ends_is_stopped():
+    forever = "$L__forever:\n\tbra.uni $L__forever;\n\tret;"
+    with emulated(80) as driver, pytest.raises(MachineError, match="does not end"):
+        multiply(driver, edit=lambda text: text.replace("\tret;", forever))
+
+
+PLAIN = {"CAUSAL": False, "PAIR_BIAS": False, "ROW_BIAS": False}
 SMALL = {"length_q": 300, "length_k": 300, "block_m": 128, "block_n": 64}
 FEW = {
     "plain": (Case(head_dim=128, **SMALL), torch.bfloat16),
@@ -127,9 +147,23 @@ def test_attention_and_its_gradients(arch, name):
 def test_the_tiles_of_long_sequences(name, monkeypatch):
     monkeypatch.setattr(tune, "LONG", 1)
     calls = FEW | {"masked": (Case(masked=True, variance=True, head_dim=96, **SMALL), torch.bfloat16)}
+    case, dtype = calls[name]
+    q, options = torch.empty(1, 1, 1, case.head_dim, dtype=dtype), PLAIN | {"ROW_BIAS": case.masked}
     with emulated(90):
-        ok, said = check_attention(*calls[name], CPU, seed=0)
+        assert tune.launch_for("forward", q, case.length_k, case.block_m, options).reads_bias
+        ok, said = check_attention(case, dtype, CPU, seed=0)
     assert ok, said
+
+
+def test_long_tiles_serve_where_they_fit():
+    def rows(length, dtype=torch.bfloat16, dim=128, **changes):
+        q = torch.empty(1, 1, 1, dim, dtype=dtype)
+        with emulated(90):
+            return tune.launch_for("forward", q, length, 128, PLAIN | changes).BLOCK_N
+
+    assert [rows(tune.LONG - 1), rows(tune.LONG), rows(tune.LONG, dim=64)] == [64, 128, 128]
+    for other in ({"CAUSAL": True}, {"PAIR_BIAS": True}, {"dtype": torch.float32}, {"dim": 256}):
+        assert rows(tune.LONG, **other) <= 64, other
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -157,7 +191,8 @@ def laid_out(x, how):
         view = torch.empty(batch, heads, dim, length, dtype=x.dtype).transpose(-1, -2)
     else:
         step = 2**30 + 8
-        memory = mmap.mmap(-1, x.itemsize * ((heads - 1) * step + length * dim))  # untouched pages cost nothing
+        size = x.itemsize * ((heads - 1) * step + length * dim)
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         view = torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, (0, step, dim, 1))
     return view.copy_(x)
 

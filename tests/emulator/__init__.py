@@ -5,6 +5,8 @@ asynchronous copies, shared memory, barriers and bfloat16. ``ptx`` reads the tex
 stands where CUDA's would.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -20,6 +22,11 @@ from psa.backends.triton import tune
 
 from .driver import Driver, MachineError
 
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    raise ImportError("on any machine interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+if shutil.which("cc") is None:
+    raise ImportError("the emulator is a C program, and there is no C compiler")
+
 __all__ = ["Driver", "MachineError", "emulated"]
 
 
@@ -34,7 +41,7 @@ def emulated(arch: int, timing: str = "mixed", seed: int = 0) -> Iterator[Driver
     driver, config = Driver(arch, timing, seed), triton.runtime.driver
     with ExitStack() as stack:
         for target, name, value in (
-            (config, "_active", driver),
+            (config, "_active" if hasattr(config, "_active") else "active", driver),
             (knobs.runtime, "kernel_load_start_hook", driver.about_to_load),
             (tune, "capability", lambda device: arch),
             (backend, "_tensor_reasons", lambda q: []),

@@ -4,9 +4,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import struct
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from psa.backends.native import cache_directory
+
 from . import ptx
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+SHARED = {80: 163, 90: 227, 120: 99}
 """KiB of shared memory that one block may use, by architecture."""
 TIMINGS = ("early", "late", "mixed")
 """At once, when it is waited for, or either by chance."""
@@ -32,7 +34,8 @@ INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
 def machine() -> ctypes.CDLL:
     """The C program, compiled when first asked for."""
     text = b"".join(sorted(path.read_bytes() for path in ptx.HERE.glob("*.[ch]")))
-    library = Path(tempfile.gettempdir()) / f"psa-emulator-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    name = hashlib.sha256(text + platform.node().encode()).hexdigest()[:16]
+    library = cache_directory() / f"emulator-{name}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         flags = ["-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
@@ -53,13 +56,11 @@ class Driver(DriverBase):
         seed: of the order in which blocks and warps take turns.
         edit: changes the PTX before it is read, for tests of the machine itself.
         counts: instructions of warps that were executed, by kernel and name.
-        last: each kernel's program and how often its instructions were executed in its last launch.
     """
 
     def __init__(self, arch: int, timing: str, seed: int):
         self.arch, self.timing, self.seed = arch, TIMINGS.index(timing), seed
         self.counts: dict[str, Counter] = {}
-        self.last: dict[str, tuple[ptx.Program, np.ndarray]] = {}
         self.utils = SimpleNamespace(
             load_binary=self.load, unload_module=lambda module: None,
             get_device_properties=lambda device: {
@@ -157,7 +158,6 @@ class Launcher:
         found = self.driver.counts.setdefault(program.name, Counter())
         for row, times in zip(program.code, counts.tolist(), strict=True):
             found[names[row[0]]] += times
-        self.driver.last[program.name] = program, counts
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

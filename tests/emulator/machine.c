@@ -2,7 +2,8 @@
 //
 // Stricter than a GPU: addresses must lie in the launch's tensors and be aligned, shared memory begins as NaN, warps and
 // blocks take turns in random order, and asynchronous copies and products happen at once, or as late as their wait allows,
-// or now this and now that, so that a missing barrier or wait shows.
+// or now this and now that, so that a missing barrier or wait shows. Not seen: missing fences, since memory here has one
+// order, and shuffles that read lanes which take no part.
 #include "state.h"
 
 #include "numbers.h"
@@ -44,6 +45,7 @@ static void run_warp(Machine *m, Warp *warp) {
                 mask &= at->negated ? ~on : on;
             }
             m->counts[pc]++;
+            if (++warp->steps > LONGEST) fail(m, "does not end");
             if (warp->pending.product_count && in_line(m, warp, at, (uint32_t)pc)) continue;
 #define REG(k) (regs + LANES * (size_t)o[k])
             switch (at->kind) {
@@ -106,9 +108,9 @@ static void run_warp(Machine *m, Warp *warp) {
                 finish_copies(m, &warp->pending, done > left ? done - left : 0);
                 break;
             }
-            case mma_bf16: multiply(m, regs, o, BRAIN); break;
-            case mma_f16: multiply(m, regs, o, HALF); break;
-            case mma_tf32: multiply(m, regs, o, TF32); break;
+            case mma_bf16: multiply(regs, o, BRAIN); break;
+            case mma_f16: multiply(regs, o, HALF); break;
+            case mma_tf32: multiply(regs, o, TF32); break;
             case wgmma_mma: {
                 if (mask != ALL) fail(m, "wgmma in a part of a warp");
                 start_product(m, warp, (uint32_t)pc);
@@ -185,7 +187,7 @@ int execute(const Instruction *code, const int32_t *operands, const uint64_t *in
                     regs[LANES * places[3] + i] = block / grid[0] / grid[1];
                     all[w].pc[i] = 0;
                 }
-                all[w].registers = regs, all[w].live = ALL, all[w].number = w, all[w].flight = flight + registers * w;
+                all[w].registers = regs, all[w].live = ALL, all[w].number = w, all[w].steps = 0, all[w].flight = flight + registers * w;
                 all[w].pending.copy_count = all[w].pending.product_count = 0;
             }
             int running = warps;

@@ -5,8 +5,21 @@ static inline uint64_t both(float low, float high) { return bits(high) << 32 | b
 static inline uint64_t halves(int low, int high) { return (uint32_t)high << 16 | (uint16_t)low; }
 static inline double real64(uint64_t x) { double d; memcpy(&d, &x, 8); return d; }
 static inline uint64_t bits64(double d) { uint64_t x; memcpy(&x, &d, 8); return x; }
-static inline float from_half(uint64_t x) { uint16_t y = (uint16_t)x; _Float16 h; memcpy(&h, &y, 2); return (float)h; }
-static inline uint64_t to_half(float f) { _Float16 h = (_Float16)f; uint16_t y; memcpy(&y, &h, 2); return y; }
+
+static inline float from_half(uint64_t x) {
+    uint32_t sign = (uint32_t)(x >> 15 & 1) << 31, exponent = x >> 10 & 31, fraction = x & 1023;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+    return real(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+
+static inline uint64_t to_half(float f) {
+    uint32_t x = (uint32_t)bits(f), sign = x >> 16 & 0x8000;
+    if (isnan(f)) return 0x7fff;
+    if (fabsf(f) >= 65520.0f) return sign | 0x7c00;
+    if (fabsf(f) < 0x1p-14f) return sign | (uint32_t)lrintf(fabsf(f) * 0x1p24f);
+    x &= 0x7fffffff;
+    return sign | (((x + 0xfff + (x >> 13 & 1)) >> 13) - (112 << 10));
+}
 
 static inline uint64_t to_brain(float f) {
     uint32_t x = (uint32_t)bits(f);

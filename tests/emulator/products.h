@@ -22,7 +22,7 @@ static void read_fragment(const uint64_t *const *a, Kind kind, float out[16][16]
         }
 }
 
-static void multiply(Machine *m, uint64_t *regs, const int32_t *o, Kind kind) {
+static void multiply(uint64_t *regs, const int32_t *o, Kind kind) {
     int depth = kind == TF32 ? 8 : 16;
     const uint64_t *a[4] = {regs + LANES * o[4], regs + LANES * o[5], regs + LANES * o[6], regs + LANES * o[7]};
     const uint64_t *b[2] = {regs + LANES * o[8], regs + LANES * o[9]};
@@ -47,7 +47,6 @@ static void multiply(Machine *m, uint64_t *regs, const int32_t *o, Kind kind) {
             float c = real(regs[LANES * o[10 + i] + lane]);
             regs[LANES * o[i] + lane] = bits(c + sums[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)]);
         }
-    (void)m;
 }
 
 // Shared address of an element of a wgmma operand: row `at` of the operand's own dimension, `k` of the summed one.
@@ -173,7 +172,8 @@ static void finish_products(Machine *m, Warp *warp, uint32_t before) {
 static int in_line(Machine *m, Warp *warp, const Instruction *at, uint32_t pc) {
     const int32_t *o = m->operands + at->first;
     if (at->kind == wgmma_mma || at->kind == bra) return 0;
-    if ((at->kind == mov_b32 || at->kind == mov_b64) && warp->flight[o[1]] & OWNED) {
+    int whole = at->guard < 0 && !(warp->flight[o[0]] & READ);
+    if (whole && (at->kind == mov_b32 || at->kind == mov_b64) && warp->flight[o[1]] & OWNED) {
         start_product(m, warp, pc);
         return 1;
     }

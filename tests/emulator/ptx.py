@@ -13,6 +13,9 @@ POISON = 0xFFFFFFFFFFFFFFFF
 """What registers hold before they are written: NaN in every floating-point format."""
 SKIPPED = r"fence\..*|bar\.warp\.sync|wgmma\.fence.*|griddepcontrol\..*"
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z")
+SIZES = ("%nctaid.x", "%nctaid.y", "%nctaid.z")
+OPERANDS = {"pack": 3, "unpack": 3, "mma": 14, "bar": 1, "shfl": 3, "redux": 3}
+"""Of instructions of warps.h, by the beginning of their names."""
 KINDS_OF_PRODUCT = {"bf16": 0, "f16": 1, "tf32": 2}
 BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
 
@@ -39,7 +42,6 @@ class Program:
     """One kernel.
 
     Attributes:
-        text: its PTX.
         parameters: the type of each, by its place.
         registers: the number of each register, by its name; constants and parameters are registers too.
         values: what constants hold.
@@ -49,7 +51,6 @@ class Program:
     """
 
     name: str
-    text: str
     parameters: list[str] = field(default_factory=list)
     registers: dict[str, int] = field(default_factory=dict)
     values: dict[int, int] = field(default_factory=dict)
@@ -108,10 +109,11 @@ class Reader:
         found = re.search(r"\.entry (\w+)\((.*?)\)", text, re.S)
         if found is None:
             raise ValueError("no entry function")
-        self.program = Program(found[1], text, re.findall(r"\.param \.(\w+)", found[2]))
+        self.program = Program(found[1], re.findall(r"\.param \.(\w+)", found[2]))
+        self.declared = tuple(re.findall(r"\.reg \.\w+\s+(%\w+)<", text))
         for place in range(len(self.program.parameters)):
             self.program.register(f"param{place}")
-        for name in (*SPECIAL, "%nctaid.x", "%nctaid.y", "%nctaid.z"):
+        for name in (*SPECIAL, *SIZES):
             self.program.register(name)
         self.start = found.end()
 
@@ -160,7 +162,7 @@ class Reader:
                 return [self.program.register(f"param{param[1]}")]
             base, _, offset = inner.partition("+")
             return [*self.operand(base), self.program.constant(number(offset or "0") or 0)]
-        if text.startswith("%") or text == "_":
+        if text in (*SPECIAL, *SIZES, "_") or re.sub(r"\d+$", "", text) in self.declared:
             return [self.program.register(text)]
         if text == "global_smem":
             return [self.program.constant(SHARED_BASE)]
@@ -180,7 +182,8 @@ class Reader:
         if name == "bra":
             return kinds()[name], guard, negated, [labels[parts[0]]]
         used = [place for part in parts for place in self.operand(part)]
-        if name in sources() and len(used) != 1 + sources()[name]:
+        wanted = 1 + sources()[name] if name in sources() else OPERANDS.get(name.split("_")[0], len(used))
+        if len(used) != wanted:
             raise ValueError(f"{name} of {len(used)} operands")
         return kinds()[name], guard, negated, used
 

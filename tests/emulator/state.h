@@ -10,6 +10,7 @@
 #define LANES 32
 #define ALL 0xffffffffu
 #define SHARED_BASE 1024
+#define LONGEST 2000000000ull // instructions of one warp
 
 enum {
 #define ONE(name, value) name,
@@ -51,6 +52,7 @@ typedef struct {
     int32_t pc[LANES];
     uint32_t live;
     int waiting, number;
+    uint64_t steps;
     Pending pending;
     uint8_t *flight;
 } Warp;

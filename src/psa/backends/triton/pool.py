@@ -86,8 +86,8 @@ def load_tokens(base, token, real, col, strides, D: tl.constexpr):
 
 @triton.jit
 def _pool_side(
-    x_ptr, rows_ptr, real, token, col, strides, chunk, blocks, D: tl.constexpr, COLS: tl.constexpr,
-    block_n: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, LEVELS: tl.constexpr,
+    x_ptr, rows_ptr, real, token, col, strides, chunk, blocks, D: tl.constexpr, block_n: tl.constexpr,
+    PARTS: tl.constexpr, SLOTS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Means of a chunk's tokens, K's or V's, at every level; sums of 2h tokens come from sums of h, in float32.
 
@@ -227,11 +227,11 @@ def _pool_kernel(
         mask_ptr += wide_batch * mask_strides[0]
     real = _are_real(mask_ptr, mask_strides[1], token, length, HAS_MASK)
     _pool_side(
-        k_ptr, keys_ptr + base, real, token, col, token_strides, chunk, blocks, D, COLS, block_n, PARTS, SLOTS, LEVELS,
+        k_ptr, keys_ptr + base, real, token, col, token_strides, chunk, blocks, D, block_n, PARTS, SLOTS, LEVELS,
     )  # fmt: skip
     _pool_side(
-        v_ptr, values_ptr + base, real, token, col, (v_strides[2], v_strides[3]), chunk, blocks, D, COLS, block_n,
-        PARTS, SLOTS, LEVELS,
+        v_ptr, values_ptr + base, real, token, col, (v_strides[2], v_strides[3]), chunk, blocks, D, block_n, PARTS,
+        SLOTS, LEVELS,
     )  # fmt: skip
     if tl.program_id(2) != 0:
         return

@@ -92,14 +92,6 @@ SHAPES = (
 )
 
 
-LONG_SHAPES = tuple(
-    replace(shape, long=True, label=f"{shape.label}-long")
-    for shape in SHAPES
-    if shape.dim in (64, 128) and shape.dtype != "fp32" and not (shape.causal or shape.pair_bias)
-)
-"""Where attention has launches of its own for long sequences."""
-
-
 def describe(
     kernel: Any, constants: dict[str, Any], dtype: str, absent: set[str], types: dict[str, Any] = FIXED_TYPES
 ) -> tuple[dict, dict, dict]:
@@ -181,9 +173,11 @@ def shipped_variants(archs: tuple[int, ...] = ARCHITECTURES, shapes: tuple[Shape
                 values = _only(_psa_bwd_dkv_kernel, constants | launch) | {"POOLED": pooled}
                 yield _variant(_psa_bwd_dkv_kernel, shape, arch, values, launch, instruction_of(arch, narrow))
             yield from _helpers(shape, arch)
-        for shape in LONG_SHAPES:
-            if ("forward", family(arch), shape.dim) in LONG_TILES:
-                yield _attention(_psa_fwd_kernel, "forward", shape, arch)
+        for shape in shapes:
+            single_or_busy = shape.dtype == "fp32" or shape.causal or shape.pair_bias
+            if ("forward", family(arch), padded(shape.dim)) in LONG_TILES and not single_or_busy:
+                long = replace(shape, long=True, label=f"{shape.label}-long")
+                yield _attention(_psa_fwd_kernel, "forward", long, arch)
 
 
 def _attention(kernel: Any, table: str, shape: Shape, arch: int) -> Variant:
