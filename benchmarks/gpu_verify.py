@@ -52,8 +52,8 @@ def check_public(name: str, device: torch.device, seed: int, small: bool) -> tup
         "masked": {"key_mask": torch.arange(length, device=device)[None] < 0.8 * length},
         "causal": {"is_causal": True},
     }[name.split(", ")[1]]
-    config = PUBLIC[name]
-    call = partial(psa.psa_attention, q, k, v, config=config, backend="triton", return_plan=True, **options)
+    config, backend_name = PUBLIC[name], "auto" if device.type == "cuda" else "triton"
+    call = partial(psa.psa_attention, q, k, v, config=config, backend=backend_name, return_plan=True, **options)
     with poisoned():
         out, plan = call(enable_gqa=True)
         again, _ = call(enable_gqa=True)

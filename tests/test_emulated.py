@@ -12,12 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
-pytest.importorskip("emulator", exc_type=ImportError)
 
 import triton
 import triton.language as tl
 from cases import Case, make
-from emulator import MachineError, emulated
+from emulator import MachineError, emulated, reasons
 
 import psa
 from psa.backends import triton as backend
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_kernels import CASES, EVERYTHING, MODES, check_attention, check_selection, check_whole, distance
 from gpu_verify import PUBLIC, check_public
 
+pytestmark = pytest.mark.skipif(bool(reasons()), reason="; ".join(reasons()))
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 120)
 NO_RESERVE = 0x4000

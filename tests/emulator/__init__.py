@@ -5,7 +5,6 @@ asynchronous copies, shared memory, barriers and bfloat16. ``ptx`` reads the tex
 stands where CUDA's would.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,12 +21,15 @@ from psa.backends.triton import tune
 
 from .driver import Driver, MachineError
 
-if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    raise ImportError("on any machine interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-if shutil.which("cc") is None:
-    raise ImportError("the emulator is a C program, and there is no C compiler")
+__all__ = ["Driver", "MachineError", "emulated", "reasons"]
 
-__all__ = ["Driver", "MachineError", "emulated"]
+
+def reasons() -> list[str]:
+    """Why nothing can be emulated here; empty where it can."""
+    found = ["on any machine interpreted kernels cannot be compiled: unset TRITON_INTERPRET"] * backend.interpreted()
+    if shutil.which("cc") is None:
+        found.append("the machine is a C program, with or without a GPU, and there is no C compiler")
+    return found
 
 
 @contextmanager
@@ -38,6 +40,8 @@ def emulated(arch: int, timing: str = "mixed", seed: int = 0) -> Iterator[Driver
         arch: 80 for Ampere, 90 for Hopper, 120 for Blackwell without tcgen05.
         timing, seed: as :class:`Driver` takes them.
     """
+    if why := reasons():
+        raise RuntimeError("; ".join(why))
     driver, config = Driver(arch, timing, seed), triton.runtime.driver
     with ExitStack() as stack:
         for target, name, value in (

@@ -130,7 +130,8 @@ def capability(device: torch.device) -> int:
 def launch_for(kernel: str, q: Tensor, length_k: int, block_m: int, constants: dict[str, Any]) -> Launch:
     """The launch of a kernel for a call on the device of ``q``; interpreted, always that of half precision.
 
-    constants: constexpr arguments of the kernels (:meth:`.call.Call.constants`).
+    Args:
+        constants: constexpr arguments of the kernels (:meth:`.call.Call.constants`).
     """
     itemsize = 2 if interpreted() else q.element_size()
     long = length_k >= LONG and not (constants["CAUSAL"] or constants["PAIR_BIAS"])
